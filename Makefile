@@ -1,0 +1,40 @@
+# make demo · make test · make lint · make bench: each does its own set-up in .venv.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   ?= demo
+JOBS   ?= 2
+
+.PHONY: demo test lint bench venv clean
+.DEFAULT_GOAL := test
+
+venv: $(STAMP)
+
+# torch first and pinned: a bare resolve would fetch several gigabytes of CUDA wheels.
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/reelforge demo --out $(DEMO)
+
+# Two workers with one thread each: the tests are many and small.
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/house.py
+
+bench: venv
+	$(BIN)/python -m pytest bench -q --benchmark-sort=name --benchmark-columns=min,median,rounds
+
+clean:
+	rm -rf $(VENV) build demo

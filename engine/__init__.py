@@ -1,0 +1,1 @@
+"""The engine: everything with state, in layers (see docs/design.md)."""

@@ -1,0 +1,76 @@
+"""The few collectives that data parallelism needs; each is the identity in a single process.
+
+Nothing here pickles: only tensors travel.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from reelforge.engine.core.errors import ConfigError, TrainingError
+
+
+def rank() -> int:
+    return dist.get_rank() if _active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _active() else 1
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def own_slots(total: int) -> range:
+    """This rank's contiguous part of ``total`` sample slots.
+
+    Raises:
+        ConfigError: ``total`` does not divide by the number of ranks.
+    """
+    size = world_size()
+    if total % size:
+        raise ConfigError(f"A global batch of {total} does not divide among {size} processes.", "Choose a multiple.")
+    share = total // size
+    return range(rank() * share, (rank() + 1) * share)
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over ranks."""
+    if _active():
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on any rank; all ranks get the same answer."""
+    if not _active():
+        return flag
+    shared = torch.tensor(int(flag), device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared.item())
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if _active():
+        dist.barrier()
+
+
+def check_replicas(tensors: Mapping[str, Tensor]) -> None:
+    """Stop unless every rank holds the same values (compared by their fp64 sums).
+
+    Raises:
+        TrainingError: names the first tensor that differs.
+    """
+    if not _active():
+        return
+    sums = torch.stack([tensor.detach().double().sum() for tensor in tensors.values()])
+    lowest, highest = sums.clone(), sums.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    for name, same in zip(tensors, (lowest == highest).tolist(), strict=True):
+        if not same:
+            raise TrainingError(f"Weight {name} differs between ranks.", "Restart from the last checkpoint.")

@@ -1,0 +1,53 @@
+"""metrics.jsonl: one JSON object a line, the source of truth for every curve."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class JsonlLog:
+    """Append-only JSON lines; a line torn by a crash is dropped on reopening.
+
+    Args:
+        path: the file; created with its folder.
+        from_step: lines whose ``step`` is larger are cut, so that a resumed run leaves no doubled steps.
+    """
+
+    def __init__(self, path: Path, from_step: int | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_jsonl(path) if from_step is None or r.get("step", 0) <= from_step]
+        if path.exists():
+            partial = path.with_name(path.name + ".tmp")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        """Append one record and flush it to the operating system."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The complete records of a file; a missing file is empty, a torn last line is skipped."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            yield record

@@ -1,0 +1,136 @@
+"""Keys and values of past chunks, for causal decoding.
+
+One static buffer a layer, ``[scratch | slot 0 | slot 1 | ...]`` along the token axis. A chunk that is still being
+denoised keeps its keys and values in the scratch slot; the clean pass writes the next committed slot. Softmax does
+not care about order and keys are stored rotated, so whatever a chunk may see is always ONE contiguous span:
+scratch + committed slots while denoising, committed slots + the new one in the clean pass. Nothing is rolled or
+copied. Bookkeeping is host integers: no device counters, no synchronisation. Until :meth:`KVCache.commit` a pass
+changes nothing that later passes read, so an aborted chunk can be repeated.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reelforge.engine.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A committed chunk: its first latent frame, its frames, its tokens."""
+
+    first_frame: int
+    frames: int
+    tokens: int
+
+
+class KVCache:
+    """Cache of one batch of streams.
+
+    Args:
+        num_layers: transformer blocks.
+        batch: streams that advance together.
+        chunk_tokens: tokens of the largest chunk, the size of the scratch slot.
+        capacity_tokens: tokens of all chunks that can be committed.
+        num_heads: N.
+        head_dim: D.
+        dtype: of keys and values.
+        device: where the buffers live.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        chunk_tokens: int,
+        capacity_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, batch, chunk_tokens + capacity_tokens, num_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.scratch_tokens = chunk_tokens
+        self.slots: list[Slot] = []
+
+    @property
+    def committed_tokens(self) -> int:
+        return sum(slot.tokens for slot in self.slots)
+
+    @property
+    def next_frame(self) -> int:
+        """Latent frame index of the chunk that comes next."""
+        return self.slots[-1].first_frame + self.slots[-1].frames if self.slots else 0
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def denoising(self, frames: int, tokens: int) -> "ChunkPass":
+        """A pass over the next chunk whose keys stay in the scratch slot."""
+        if tokens > self.scratch_tokens:
+            raise ConfigError(
+                f"A chunk of {tokens} tokens does not fit the scratch slot of {self.scratch_tokens}.",
+                "Build the cache for the largest chunk of the pattern.",
+            )
+        # Right-aligned, so that a short chunk still touches the first committed slot.
+        start = self.scratch_tokens - tokens
+        read = (start, self.scratch_tokens + self.committed_tokens)
+        return ChunkPass(self, Slot(self.next_frame, frames, tokens), start, read)
+
+    def clean(self, frames: int, tokens: int) -> "ChunkPass":
+        """A pass over the finished chunk whose keys go to the slot that :meth:`commit` then makes valid."""
+        start = self.scratch_tokens + self.committed_tokens
+        if start + tokens > self.keys.shape[2]:
+            raise ConfigError(
+                f"The cache holds {self.keys.shape[2] - self.scratch_tokens} tokens; "
+                f"{self.committed_tokens} are committed and {tokens} more do not fit.",
+                "Build it with a larger capacity.",
+            )
+        return ChunkPass(self, Slot(self.next_frame, frames, tokens), start, (self.scratch_tokens, start + tokens))
+
+    def commit(self, chunk: "ChunkPass") -> None:
+        """Make the slot that a clean pass wrote visible to later chunks."""
+        assert chunk.write_start == self.scratch_tokens + self.committed_tokens, "only the newest clean pass commits"
+        self.slots.append(chunk.slot)
+
+    def reset(self) -> None:
+        """Forget every committed chunk."""
+        self.slots.clear()
+
+
+@dataclass(frozen=True)
+class ChunkPass:
+    """One forward over one chunk: where its keys go and which span it reads."""
+
+    cache: KVCache
+    slot: Slot
+    write_start: int
+    read: tuple[int, int]
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this chunk's rotated keys and values and return all that it may see.
+
+        Args:
+            layer: block index.
+            key: ``[B, tokens, N, D]``; ``value`` likewise.
+
+        Returns:
+            keys and values ``[B, visible, N, D]``. With gradients the past is frozen and the chunk's own part is
+            live: nothing is written, so no later loss can reach an earlier chunk through the buffer.
+        """
+        return (
+            self._update(self.cache.keys[layer], key),
+            self._update(self.cache.values[layer], value),
+        )
+
+    def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
+        own_end = self.write_start + self.slot.tokens
+        if torch.is_grad_enabled() and new.requires_grad:
+            before, after = buffer[:, self.read[0] : self.write_start], buffer[:, own_end : self.read[1]]
+            return torch.cat((before.to(new.dtype), new, after.to(new.dtype)), dim=1)
+        buffer[:, self.write_start : own_end].copy_(new)
+        return buffer[:, self.read[0] : self.read[1]]
