@@ -30,7 +30,7 @@ test: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/house.py
 
 bench: venv

@@ -35,8 +35,8 @@ def load(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
         ConfigError: unreadable file, unknown key, missing key or wrong type.
     """
     table = read_table(Path(path))
-    for override in overrides:
-        _apply(table, override)
+    for assignment in overrides:
+        override(table, assignment)
     return build(cls, table)
 
 
@@ -63,10 +63,15 @@ def merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
+def override(table: dict[str, Any], assignment: str) -> None:
+    """Apply one ``a.b=value`` to ``table`` in place.
+
+    Raises:
+        ConfigError: no ``=``, or ``a`` is a value.
+    """
+    dotted, equals, text = assignment.partition("=")
     if not equals or not dotted:
-        raise ConfigError(f"--set {override!r} has no '='.", "Write --set table.key=value.")
+        raise ConfigError(f"--set {assignment!r} has no '='.", "Write --set table.key=value.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -75,7 +80,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a table.", "Check the dotted key.")
+            raise ConfigError(f"--set {assignment!r}: {parent!r} is a value, not a table.", "Check the dotted key.")
     table[leaf] = value
 
 
@@ -114,7 +119,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"Key {where!r} is {value!r}.", "It is a table: write [" + where + "].")
-        return build(hint, value, where + ".")
+        return build(cast(Any, hint), value, where + ".")
     if origin is Literal:
         if value not in args:
             raise ConfigError(f"Key {where!r} is {value!r}.", nearest(str(value), map(str, args)))

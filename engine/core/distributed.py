@@ -3,13 +3,43 @@
 Nothing here pickles: only tensors travel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from reelforge.engine.core.errors import ConfigError, TrainingError
+from reelforge.engine.core.settings import settings
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the other processes that torchrun started (NCCL on CUDA, gloo otherwise); alone, do nothing."""
+    if settings().world_size == 1 or _active():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``, ``cpu`` or ``cuda`` to this process' device.
+
+    Raises:
+        ConfigError: ``cuda`` without a CUDA device.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError('device is "cuda", but torch sees no CUDA device.', 'Set device = "cpu" or "auto".')
+    device = torch.device("cuda", settings().local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def rank() -> int:
@@ -25,16 +55,15 @@ def _active() -> bool:
 
 
 def own_slots(total: int) -> range:
-    """This rank's contiguous part of ``total`` sample slots.
+    """This rank's contiguous part of ``total`` sample slots; parts differ by at most one.
 
     Raises:
-        ConfigError: ``total`` does not divide by the number of ranks.
+        ConfigError: there are fewer samples than ranks.
     """
     size = world_size()
-    if total % size:
-        raise ConfigError(f"A global batch of {total} does not divide among {size} processes.", "Choose a multiple.")
-    share = total // size
-    return range(rank() * share, (rank() + 1) * share)
+    if total < size:
+        raise ConfigError(f"A global batch of {total} leaves some of {size} processes idle.", "Choose a larger batch.")
+    return range(rank() * total // size, (rank() + 1) * total // size)
 
 
 def sum_(tensors: Sequence[Tensor]) -> None:

@@ -148,8 +148,12 @@ class WanTransformer(nn.Module):
 
     def text_context(self, text: Tensor) -> TextContext:
         """Embeddings ``[B, S, text_dim]`` to what :meth:`forward` accepts in their place."""
-        projected = self.condition_embedder.text_embedder(text)
+        projected = self._project(text)
         return TextContext(tuple(block.attn2.keys_values(projected) for block in self._blocks()))
+
+    def _project(self, text: Tensor) -> Tensor:
+        embedder = self.condition_embedder.text_embedder
+        return embedder(text.to(embedder.linear_1.weight.dtype))
 
     def new_cache(self, batch: int, chunk_frames: int, max_frames: int, height: int, width: int) -> KVCache:
         """A KV cache for ``max_frames`` latent frames of ``height x width`` latents in chunks of ``chunk_frames``."""
@@ -186,7 +190,7 @@ class WanTransformer(nn.Module):
             chunk: a pass over one chunk against a :class:`KVCache`; excludes ``layout``.
 
         Returns:
-            ``[B, C, T, H, W]`` in the latents' dtype (the model's under 16-bit weights).
+            ``[B, C, T, H, W]`` in the dtype of the weights (autocast's under autocast).
 
         Raises:
             ConfigError: the latents do not fit the patch size or the layout.
@@ -194,12 +198,12 @@ class WanTransformer(nn.Module):
         assert layout is None or chunk is None, "a cached chunk has no layout"
         grid = self._token_grid(latents, timestep, layout)
         sequence = self._sequence(grid, latents.device, layout, chunk)
-        x = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2).contiguous()
         embedding, projection = self.condition_embedder.time(timestep)
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
         modulations = [block.modulation(projection) for block in self._blocks()]
         next_norms = [modulation[0] for modulation in modulations[1:]] + [(1 + scale, shift)]
-        projected = self.condition_embedder.text_embedder(text) if isinstance(text, Tensor) else None
+        projected = self._project(text) if isinstance(text, Tensor) else None
 
         h = norm_modulate(x, *modulations[0][0], self.config.eps)
         for layer, block in enumerate(self._blocks()):

@@ -1,0 +1,72 @@
+"""What is usable on this machine: optional packages by a real import, the CUDA library by loading it.
+
+A package that is installed is not yet one that works (transformer-engine installs an empty shell where it cannot
+build), so nothing here trusts ``find_spec``.
+"""
+
+import ctypes
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import reelforge.kernels
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of ``reelforge doctor``.
+
+    Attributes:
+        subject: what was looked at.
+        state: what was found.
+        consequence: what that means for a run; empty where nothing follows.
+    """
+
+    subject: str
+    state: str
+    consequence: str = ""
+
+
+_OPTIONAL = {
+    "diffusers": "needed for Wan's own VAE: pip install 'reelforge[wan]'",
+    "transformers": "needed for UMT5: pip install 'reelforge[wan]'",
+    "triton": "fused GPU kernels; CPU runs do without",
+    "flash_attn": "an attention backend for GPUs; torch's own runs instead",
+    "transformer_engine.pytorch": "a peer in benchmarks; nothing depends on it",
+}
+
+
+def optional_packages() -> list[Finding]:
+    """Import each optional package and say what its absence costs."""
+    return [_try_import(name, cost) for name, cost in _OPTIONAL.items()]
+
+
+def _try_import(name: str, cost: str) -> Finding:
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, RuntimeError, OSError) as error:
+        return Finding(name, f"not usable ({type(error).__name__}: {str(error).splitlines()[0][:80]})", cost)
+    return Finding(name, str(vars(module).get("__version__", "importable")))
+
+
+def attention_backend() -> Finding:
+    """Which attention runs, and why."""
+    if torch.cuda.is_available():
+        return Finding("attention", "torch SDPA", "cuDNN or flash, torch chooses by shape")
+    return Finding("attention", "plain matmuls up to 128 x 128 scores, torch SDPA above", "the fastest on a CPU")
+
+
+def cuda_library() -> Finding:
+    """Load the library that CMake built from csrc/, if it did."""
+    paths = [path for root in reelforge.kernels.__path__ for path in Path(root).glob("lib/libreelforge_sm90a.so")]
+    if not paths:
+        return Finding("CUDA library (sm_90a)", "not built", "install with nvcc 12.3 or newer on PATH to build it")
+    library = ctypes.CDLL(str(paths[0]))
+    runtime = library.reelforge_cuda_runtime_version()
+    devices = library.reelforge_hopper_device_count()
+    state = f"built with CUDA {runtime // 1000}.{runtime % 1000 // 10}"
+    if devices < 0:
+        return Finding("CUDA library (sm_90a)", state, f"no usable driver here (CUDA error {-devices}); it stays idle")
+    return Finding("CUDA library (sm_90a)", state, f"{devices} Hopper devices")

@@ -1,0 +1,144 @@
+"""From prompts' embeddings to latents with one transformer: all frames at once, or chunk by chunk against a KV cache.
+
+Previews, evaluation and ``generate`` all come through here, so they sample alike.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.types import Velocity, VideoCodec, VideoSpec
+from reelforge.engine.flow.sampler import OnStep, guided, sample_few_step, sample_ode
+from reelforge.engine.flow.schedule import Grid
+from reelforge.engine.flow.solver import SolverName
+from reelforge.engine.model.kv_cache import ChunkPass
+from reelforge.engine.model.wan import TextContext, WanTransformer
+
+Renoise = Callable[[int], Tensor]  # fresh noise [B, C, T, H, W] after step k
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the samples are conditioned on.
+
+    Attributes:
+        text: ``[B, S, E]``.
+        negative: ``[B, S, E]``; unused at scale 1.
+        scale: of classifier-free guidance; 1 is none.
+    """
+
+    text: Tensor
+    negative: Tensor
+    scale: float
+
+    @property
+    def rows(self) -> Tensor:
+        """The text of one forward: negative and positive prompts, or the positive ones alone."""
+        return self.text if self.scale == 1.0 else torch.cat((self.negative, self.text))
+
+
+def latent_shape(codec: VideoCodec, video: VideoSpec) -> tuple[int, int, int, int]:
+    """``(C, T, H, W)`` of a clip.
+
+    Raises:
+        ConfigError: frames or size do not fit the codec's strides; names the nearest that do.
+    """
+    stride = codec.temporal_stride
+    steps, left = divmod(video.num_frames - 1, stride)
+    if video.num_frames < 1 or left:
+        below = max(steps, 0) * stride + 1
+        raise ConfigError(
+            f"num_frames is {video.num_frames}; the codec needs 1 + {stride} k.", f"Use {below} or {below + stride}."
+        )
+    for name, size in (("height", video.height), ("width", video.width)):
+        if size < codec.spatial_stride or size % codec.spatial_stride:
+            raise ConfigError(f"{name} is {size}.", f"It must be a multiple of {codec.spatial_stride}.")
+    return codec.latent_channels, steps + 1, video.height // codec.spatial_stride, video.width // codec.spatial_stride
+
+
+def half_precision(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
+    """bf16 autocast around fp32 weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@torch.no_grad()
+def sample_latents(
+    model: WanTransformer,
+    guidance: Guidance,
+    noise: Tensor,
+    grid: Grid,
+    solver: SolverName = "unipc",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """All frames at once by the ODE.
+
+    Args:
+        noise: ``[B, C, T, H, W]`` fp32.
+        grid: the schedule's steps.
+
+    Returns:
+        x0 ``[B, C, T, H, W]`` fp32.
+    """
+    context = model.text_context(guidance.rows)
+    return sample_ode(_velocity(model, guidance, context), noise, grid, solver, on_step)
+
+
+@torch.no_grad()
+def sample_chunks(
+    model: WanTransformer,
+    guidance: Guidance,
+    noise: Tensor,
+    grid: Grid,
+    pattern: Sequence[int],
+    renoise: Renoise | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Chunk by chunk against a KV cache: denoise a chunk, then write its clean keys and values, then the next.
+
+    Args:
+        noise: ``[B, C, T, H, W]`` fp32 with T = sum(pattern).
+        grid: of one chunk; a few-step grid with ``renoise``, or the ODE's (Euler) without.
+        pattern: latent frames of each chunk.
+        renoise: fresh noise ``[B, C, T, H, W]`` after step k of the few-step sampler.
+
+    Returns:
+        x0 ``[B, C, T, H, W]`` fp32.
+    """
+    context = model.text_context(guidance.rows)
+    batch = len(guidance.rows)
+    cache = model.new_cache(batch, max(pattern), sum(pattern), *noise.shape[-2:])
+    tokens = cache.scratch_tokens // max(pattern)
+    clean_timestep = torch.zeros(batch, device=noise.device)
+    chunks: list[Tensor] = []
+    for frames in pattern:
+        span = slice(cache.next_frame, cache.next_frame + frames)
+        velocity = _velocity(model, guidance, context, cache.denoising(frames, frames * tokens))
+        if renoise is None:
+            x0 = sample_ode(velocity, noise[:, :, span], grid, "euler", on_step)
+        else:
+            x0 = sample_few_step(velocity, noise[:, :, span], grid, _frames_of(renoise, span), on_step)
+        chunks.append(x0)
+        if len(chunks) < len(pattern):
+            clean = cache.clean(frames, frames * tokens)
+            model(x0.repeat(batch // len(x0), 1, 1, 1, 1), clean_timestep, context, chunk=clean)
+            cache.commit(clean)
+    return torch.cat(chunks, dim=2)
+
+
+def _velocity(
+    model: WanTransformer, guidance: Guidance, context: TextContext, chunk: ChunkPass | None = None
+) -> Velocity:
+    """The guided velocity; text is projected once, in ``context``, not once a step."""
+
+    def call(x: Tensor, timestep: Tensor, _: Tensor) -> Tensor:
+        return model(x, timestep, context, chunk=chunk)
+
+    return guided(call, guidance.text, guidance.negative, guidance.scale)
+
+
+def _frames_of(renoise: Renoise, span: slice) -> Renoise:
+    return lambda k: renoise(k)[:, :, span]
