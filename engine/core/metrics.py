@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from reelforge.engine.core.errors import StorageError
+
 
 class JsonlLog:
     """Append-only JSON lines; a line torn by a crash is dropped on reopening.
@@ -26,9 +28,18 @@ class JsonlLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:
-        """Append one record and flush it to the operating system."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record and flush it to the operating system.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(
+                f"{self._file.name} cannot be written ({error.strerror}).", "Free some space."
+            ) from error
 
     def close(self) -> None:
         self._file.close()

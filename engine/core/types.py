@@ -38,10 +38,17 @@ class VideoCodec(Protocol):
     Pixel frames F and latent frames T obey F = 1 + temporal_stride (T - 1).
     """
 
-    latent_channels: int
-    temporal_stride: int
-    spatial_stride: int
-    fingerprint: str
+    @property
+    def latent_channels(self) -> int: ...
+
+    @property
+    def temporal_stride(self) -> int: ...
+
+    @property
+    def spatial_stride(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, video: Tensor) -> Tensor:
         """float32 ``[B,3,F,height,width]`` in [-1, 1] to normalised latents ``[B,C,T,H,W]``."""
@@ -58,9 +65,14 @@ class TextEncoder(Protocol):
     ``fingerprint`` identifies weights and configuration and keys the text cache.
     """
 
-    width: int
-    max_tokens: int
-    fingerprint: str
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:
         """One float32 ``[S_i, width]`` per prompt, unpadded, S_i <= max_tokens.

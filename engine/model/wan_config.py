@@ -1,10 +1,10 @@
 """The architecture of a Wan2.1 transformer as data: the keys of diffusers' ``transformer/config.json``."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from reelforge.engine.core.config import nearest
+from reelforge.engine.core.config import build
 from reelforge.engine.core.errors import ConfigError
 
 
@@ -41,18 +41,9 @@ class WanConfig:
         Raises:
             ConfigError: an unknown key, or an architecture that is not Wan2.1 text to video.
         """
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in table.items() if not name.startswith("_")}
-        for name in values:
-            if name not in known:
-                raise ConfigError(f"Unknown transformer key {name!r}.", nearest(name, known))
-        if "patch_size" in values:
-            values["patch_size"] = tuple(values["patch_size"])
-        config = cls(**values)
-        config._check()
-        return config
+        return build(cls, {name: value for name, value in table.items() if not name.startswith("_")}, "transformer.")
 
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
         if self.image_dim is not None or self.added_kv_proj_dim is not None:
             raise ConfigError("The checkpoint is an image-to-video model (image_dim is set).", "Use a T2V checkpoint.")
         if self.qk_norm != "rms_norm_across_heads" or not self.cross_attn_norm:

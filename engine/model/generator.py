@@ -1,0 +1,138 @@
+"""A model folder that makes videos: what ``generate``, previews, evaluation and jobs share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core import rng
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.types import VideoCodec, VideoSpec, pad_text
+from reelforge.engine.flow.sampler import OnStep, initial_noise, step_noise
+from reelforge.engine.flow.schedule import FlowSchedule, Grid
+from reelforge.engine.flow.solver import SolverName
+from reelforge.engine.model import generation
+from reelforge.engine.model.folder import GenerationDefaults, ModelFolder
+from reelforge.engine.model.layout import chunk_pattern
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How to sample; what is not set is the model folder's default.
+
+    Attributes:
+        num_steps: solver steps.
+        guidance_scale: of classifier-free guidance.
+        negative_prompt: what guidance leads away from.
+        video: frames, size and rate.
+        schedule: kind and flow_shift.
+        solver: ``unipc`` or ``euler``.
+        chunk_frames: latent frames a chunk; 0 makes all frames at once, otherwise the KV-cached causal decoder runs.
+        first_chunk_frames: 0 is ``chunk_frames``.
+        denoising_steps: a few-step student's timesteps, e.g. [1000, 750, 500, 250]; empty is the ODE.
+        samples: videos per prompt.
+        batch_size: videos a forward.
+        device: ``auto`` takes the GPU if there is one.
+        precision: of the transformer.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    negative_prompt: str
+    video: VideoSpec
+    schedule: FlowSchedule
+    solver: SolverName = "unipc"
+    chunk_frames: int = 0
+    first_chunk_frames: int = 0
+    denoising_steps: tuple[float, ...] = ()
+    samples: int = 1
+    batch_size: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: the ``member``-th of its prompt."""
+
+    prompt: str
+    member: int
+
+    @property
+    def prompt_id(self) -> int:
+        """Names the noise by the prompt itself, so that other prompts in the run change nothing."""
+        return rng.key("prompt:" + self.prompt)
+
+
+class Generator:
+    """A loaded model folder that makes batches of videos.
+
+    Args:
+        folder: transformer, codec and text encoder.
+        config: how to sample.
+        seed: names the noise.
+    """
+
+    def __init__(self, folder: ModelFolder, config: GenerateConfig, seed: int) -> None:
+        self.folder, self.config, self.seed = folder, config, seed
+        self.shape = generation.latent_shape(folder.codec, config.video)
+        self.pattern: tuple[int, ...] = ()
+        if config.chunk_frames:
+            self.pattern = chunk_pattern(self.shape[1], config.chunk_frames, config.first_chunk_frames or None)
+        elif config.denoising_steps:
+            raise ConfigError("denoising_steps is set and chunk_frames is 0.", "Set chunk_frames, e.g. to 3.")
+
+    @property
+    def num_evaluations(self) -> int:
+        """Network evaluations a video, guidance counted twice, clean passes included."""
+        steps = self.grid.num_steps * max(1, len(self.pattern)) + max(0, len(self.pattern) - 1)
+        return steps * (1 if self.config.guidance_scale == 1.0 else 2)
+
+    @property
+    def grid(self) -> Grid:
+        few = self.config.denoising_steps
+        return self.config.schedule.few_step(few) if few else self.config.schedule.grid(self.config.num_steps)
+
+    def latents(self, jobs: Sequence[Job], on_step: OnStep | None = None) -> Tensor:
+        """x0 ``[B, C, T, H, W]`` of a batch of jobs; cancel it by raising from ``on_step``."""
+        model = self.folder.transformer
+        device = model.proj_out.weight.device
+        ids, members = [job.prompt_id for job in jobs], [job.member for job in jobs]
+        noise = initial_noise(self.seed, ids, members, self.shape, device=device)
+        guidance = self._guidance([job.prompt for job in jobs], device)
+        autocast = self.config.precision == "bf16" and model.proj_out.weight.dtype == torch.float32
+        with generation.half_precision(device, autocast):
+            if not self.pattern:
+                return generation.sample_latents(model, guidance, noise, self.grid, self.config.solver, on_step)
+            renoise = self._renoise(ids, members, device) if self.config.denoising_steps else None
+            return generation.sample_chunks(model, guidance, noise, self.grid, self.pattern, renoise, on_step)
+
+    def _renoise(self, ids: list[int], members: list[int], device: torch.device) -> Callable[[int], Tensor]:
+        return lambda k: step_noise(self.seed, ids, members, k, self.shape, device=device)
+
+    def _guidance(self, prompts: list[str], device: torch.device) -> generation.Guidance:
+        encoder = self.folder.text_encoder
+        embeddings = encoder.encode([*prompts, self.config.negative_prompt])
+        text = pad_text(embeddings, encoder.max_tokens).to(device)
+        return generation.Guidance(
+            text[:-1], text[-1:].expand(len(prompts), -1, -1).contiguous(), self.config.guidance_scale
+        )
+
+
+def decode_uint8(codec: VideoCodec, latents: Tensor) -> np.ndarray:
+    """Latents ``[B, C, T, H, W]`` to pixels ``[B, F, H, W, 3]`` uint8."""
+    pixels = codec.decode(latents.float()).clamp(-1, 1)
+    return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def resolve(defaults: GenerationDefaults, overrides: Sequence[str]) -> GenerateConfig:
+    """The folder's defaults with ``--set`` laid over them."""
+    table = dataclasses.asdict(defaults)
+    for override in overrides:
+        configuration.override(table, override)
+    return configuration.build(GenerateConfig, table)

@@ -1,0 +1,88 @@
+"""The ``reelforge`` command. Imports nothing heavy: ``--help`` answers at once, each verb loads what it needs."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from reelforge.engine.core.errors import Interrupted, ReelforgeError
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def _lazily(module: str) -> Verb:
+    """The verb's ``main`` in its module of this package, imported when it runs."""
+
+    def run(arguments: argparse.Namespace) -> int:
+        return importlib.import_module(f"reelforge.stages.{module}").main(arguments)
+
+    return run
+
+
+def _with_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a TOML file; see recipes/")
+    _with_overrides(parser)
+
+
+def _with_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides", help="override one key; repeatable"
+    )
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a minute instead of five; shows that it runs, not how well"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="names every random draw (default: %(default)s)")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a model folder in diffusers' layout")
+    parser.add_argument("--prompt", action="append", default=[], help="what to show; repeatable")
+    parser.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
+    parser.add_argument(
+        "--out", type=Path, default=Path("videos"), help="folder for the mp4 files (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="names the noise (default: %(default)s)")
+    _with_overrides(parser)
+
+
+VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "demo": ("the whole chain in miniature, on a CPU, with a report", "demo", _demo),
+    "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
+    "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
+    "generate": ("prompts to mp4 files", "generate", _generate),
+    "doctor": ("what this machine has, which kernels run and why", "doctor", lambda parser: None),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's parser; one subparser a verb."""
+    top = argparse.ArgumentParser(prog="reelforge", description="Post-train and run Wan2.1-family video models.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (summary, module, add_arguments) in VERBS.items():
+        verb = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        add_arguments(verb)
+        verb.set_defaults(run=_lazily(module))
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb. Exit status: 0 done, 2 bad input, 3 training failed, 130 interrupted."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ReelforgeError as error:
+        word = "stopped" if isinstance(error, Interrupted) else "error"
+        sys.stderr.write(f"reelforge {arguments.verb}: {word}: {error.what}\n  {error.hint}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"reelforge {arguments.verb}: interrupted\n")
+        return Interrupted.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""``reelforge generate``: prompts to mp4 files."""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reelforge.engine.core.distributed import pick_device
+from reelforge.engine.core.errors import ConfigError, Interrupted
+from reelforge.engine.core.interrupt import StopRequest, stop_on_signals
+from reelforge.engine.core.progress import track
+from reelforge.engine.io.video import write_video
+from reelforge.engine.model.folder import ModelFolder, load_generation_defaults
+from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
+from reelforge.stages.console import emit
+
+
+@dataclass(frozen=True)
+class Target:
+    """A video to make and the file it goes to."""
+
+    job: Job
+    path: Path
+
+
+def _targets(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Target]:
+    width = len(str(len(prompts) - 1))
+    targets = []
+    for index, prompt in enumerate(prompts):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "prompt"
+        name = f"{index:0{width}d}-{slug}-seed{seed}"
+        targets += [Target(Job(prompt, member), out / f"{name}-{member}.mp4") for member in range(samples)]
+    return targets
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompts is not None:
+        try:
+            text = arguments.prompts.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{arguments.prompts} cannot be read ({error}).", "Give a UTF-8 text file.") from error
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("There is no prompt.", 'Add --prompt "..." or --prompts FILE.')
+    return prompts
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Make what is missing in ``--out``; print one JSON line a video."""
+    config = resolve(load_generation_defaults(arguments.model), arguments.overrides)
+    prompts = _prompts(arguments)
+    device = pick_device(config.device)
+    dtype = torch.bfloat16 if config.precision == "bf16" and device.type == "cuda" else torch.float32
+    generator = Generator(ModelFolder.load(arguments.model, dtype, device), config, arguments.seed)
+    targets = _targets(prompts, config.samples, arguments.seed, arguments.out)
+    missing = [target for target in targets if not target.path.exists()]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    batches = [missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)]
+    with stop_on_signals() as stop:
+        for batch in track(batches, "generate", total=len(batches)):
+            _make(generator, batch, stop)
+    found = len(targets) - len(missing)
+    emit(f"{len(missing)} videos made, {found} were there, {generator.num_evaluations} network evaluations each")
+    return 0
+
+
+def _make(generator: Generator, batch: Sequence[Target], stop: StopRequest) -> None:
+    def check(_: int) -> None:
+        if stop.requested:
+            raise Interrupted(f"{stop.signal_name} arrived.", "Run the same command to make the missing videos.")
+
+    start = time.perf_counter()
+    latents = generator.latents([target.job for target in batch], check)
+    denoised = time.perf_counter()
+    frames = decode_uint8(generator.folder.codec, latents)
+    decoded = time.perf_counter()
+    for target, clip in zip(batch, frames, strict=True):
+        write_video(target.path, clip, generator.config.video.fps)
+        record = {
+            "path": str(target.path),
+            "prompt": target.job.prompt,
+            "seed": generator.seed,
+            "member": target.job.member,
+            "denoise_s": round((denoised - start) / len(batch), 4),
+            "decode_s": round((decoded - denoised) / len(batch), 4),
+        }
+        emit(json.dumps(record, ensure_ascii=False))
