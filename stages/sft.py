@@ -1,5 +1,7 @@
 """Supervised fine-tuning on a latent cache: full weights, or a LoRA adapter."""
 
+import argparse
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

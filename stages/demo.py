@@ -1,0 +1,217 @@
+"""``reelforge demo``: a miniature Wan learns from mp4 files, then from better ones, and is judged after each.
+
+Nothing here is special to the miniature but its recipe: clips are decoded, filtered and cached, models trained and
+sampled by the stages that do it for Wan2.1. Every phase leaves its result in the folder, so an interrupted demo goes
+on where it stopped.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core import rng
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.metrics import read_jsonl
+from reelforge.engine.core.progress import say
+from reelforge.engine.core.run_dir import RunDir
+from reelforge.engine.core.types import VideoSpec
+from reelforge.engine.data import toy_render
+from reelforge.engine.data.clips import load_clip
+from reelforge.engine.data.filters import FilterConfig
+from reelforge.engine.flow.schedule import FlowSchedule
+from reelforge.engine.model import codec_fit
+from reelforge.engine.model.codec import CodecConfig
+from reelforge.engine.model.folder import GenerationDefaults, ModelFolder, derive_model_folder
+from reelforge.engine.model.text import SeededTextConfig, SeededTextEncoder
+from reelforge.engine.model.wan import WanTransformer
+from reelforge.engine.model.wan_config import WanConfig
+from reelforge.engine.model.weights import load_transformer
+from reelforge.engine.train.flow_loss import FlowLossConfig
+from reelforge.engine.train.loop import LoopConfig
+from reelforge.engine.train.state import OptimizerConfig
+from reelforge.stages import cache, sft
+from reelforge.stages.console import emit
+from reelforge.stages.demo_report import EvaluationConfig, StageCost, judge_and_report
+from reelforge.stages.sft import SftConfig, ValidationConfig
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """The toy world's files.
+
+    Attributes:
+        base_clips: broad and flawed clips.
+        curated_clips: cleaner ones, before filtering.
+        codec_clips: clips of the base set that the codec is fitted to.
+        video: what every clip is brought to.
+    """
+
+    base_clips: int
+    curated_clips: int
+    codec_clips: int
+    video: VideoSpec = toy_render.TOY_SPEC
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How the miniature is sampled, as in a model folder."""
+
+    num_steps: int
+    guidance_scale: float
+    schedule: FlowSchedule
+
+
+@dataclass(frozen=True)
+class TrainingBudget:
+    """The part of an :class:`~reelforge.stages.sft.SftConfig` that a demo's recipe sets."""
+
+    train: LoopConfig
+    optimizer: OptimizerConfig
+    loss: FlowLossConfig = FlowLossConfig()
+    validation: ValidationConfig = ValidationConfig(clips=32)
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole demo; see recipes/demo.toml."""
+
+    seed: int
+    world: WorldConfig
+    text: SeededTextConfig
+    transformer: WanConfig
+    sampling: SamplingDefaults
+    base: TrainingBudget
+    sft: TrainingBudget
+    evaluation: EvaluationConfig
+    codec: CodecConfig = CodecConfig()
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+
+class Demo:
+    """The phases, each a method that does nothing when its result is there.
+
+    Args:
+        config: the recipe.
+        root: the demo's folder.
+    """
+
+    def __init__(self, config: DemoConfig, root: Path) -> None:
+        self.config, self.root = config, root
+        self.videos, self.model = root / "videos", root / "model"
+        self._phase, self._start = 0, time.monotonic()
+
+    def run(self) -> Path:
+        """Everything, in order; returns the report's path."""
+        self._announce("rendering clips to mp4 files")
+        self._render()
+        self._announce("fitting the codec, and a fresh model folder")
+        self._make_model()
+        self._announce("decoding, filtering and encoding the clips")
+        self._cache("base", FilterConfig())
+        self._cache("curated", self.config.filters)
+        self._announce("base: pretraining on the flawed set")
+        base = self._train("base", self.config.base, self.model, "base")
+        self._announce("sft: fine-tuning on the curated set")
+        tuned = self._train("sft", self.config.sft, base, "curated")
+        self._announce("sampling held-out prompts, scoring, reporting")
+        stages = {"base": base, "sft": tuned}
+        costs = {name: self._cost(name) for name in stages}
+        return judge_and_report(self.config.evaluation, stages, costs, self.root, self.config, self.config.seed)
+
+    def _announce(self, what: str) -> None:
+        self._phase += 1
+        say(f"[{self._phase}/6] {what} ({time.monotonic() - self._start:.0f} s so far)")
+
+    def _render(self) -> None:
+        world, seed = self.config.world, self.config.seed
+        sets = {"base": (world.base_clips, toy_render.WEB), "curated": (world.curated_clips, toy_render.CURATED)}
+        for number, (name, (count, rates)) in enumerate(sets.items()):
+            folder = self.videos / name
+            if len(list(folder.glob("*.txt"))) < count:
+                folder.mkdir(parents=True, exist_ok=True)
+                set_seed = rng.key("demo_set", seed, number)
+                toy_render.write_flawed(folder, count, set_seed, "train", rates, world.video)
+
+    def _make_model(self) -> None:
+        if self.model.exists():
+            return
+        config = self.config
+        paths = sorted((self.videos / "base").glob("*.mp4"))[: config.world.codec_clips]
+        clips = np.stack([load_clip(path, config.world.video)[0] for path in paths])
+        defaults = GenerationDefaults(
+            video=config.world.video,
+            schedule=config.sampling.schedule,
+            num_steps=config.sampling.num_steps,
+            guidance_scale=config.sampling.guidance_scale,
+            negative_prompt="",
+        )
+        ModelFolder(
+            WanTransformer.from_config(config.transformer.to_dict(), config.seed),
+            codec_fit.fit(config.codec, clips, config.seed),
+            SeededTextEncoder(config.text),
+            defaults,
+        ).save(self.model)
+
+    def _cache(self, name: str, filters: FilterConfig) -> None:
+        cache.run(
+            cache.CacheConfig(
+                data=self.videos / name,
+                model=self.model,
+                output=self.root / "cache" / name,
+                video=self.config.world.video,
+                filters=filters,
+                precision="float32",
+                batch_size=64,
+            )
+        )
+
+    def _train(self, name: str, budget: TrainingBudget, model: Path, data: str) -> Path:
+        """Run the SFT driver; returns the trained model's folder."""
+        folder = self.root / f"{name}_model"
+        result = sft.run(
+            SftConfig(
+                model=model,
+                cache=self.root / "cache" / data,
+                output=self.root / name,
+                loss=budget.loss,
+                train=budget.train,
+                optimizer=budget.optimizer,
+                validation=budget.validation,
+                device="cpu",
+            )
+        )
+        if not folder.exists():
+            derive_model_folder(model, folder, load_transformer(result.weights))
+        return folder
+
+    def _cost(self, name: str) -> StageCost:
+        """Training seconds out of the run's own log: steps times seconds a step, line by line."""
+        run, steps, seconds, last = RunDir(self.root / name), 0, 0.0, 0
+        for line in read_jsonl(run.metrics):
+            if "step_s" in line:
+                seconds += line["step_s"] * (line["step"] - last)
+                last = steps = line["step"]
+        return StageCost(steps, seconds, run.metrics)
+
+
+def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
+    """The packaged recipe, or its quick variant."""
+    return configuration.load(DemoConfig, RECIPES / ("demo_quick.toml" if quick else "demo.toml"), overrides)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.quick, [f"seed={arguments.seed}"])
+    start = time.monotonic()
+    try:
+        RunDir.open(arguments.out, config)
+    except ConfigError as error:
+        raise ConfigError(error.what, "Give another --out, or remove the folder.") from error
+    report = Demo(config, arguments.out).run()
+    emit(f"{report} is written after {time.monotonic() - start:.0f} s; the numbers are in {report.parent}/results.json")
+    return 0

@@ -1,0 +1,225 @@
+"""Judges the demo's stages on the same held-out prompts and seeds, and writes results.json and report.html."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core import hardware, rng
+from reelforge.engine.core.metrics import read_jsonl
+from reelforge.engine.core.progress import say
+from reelforge.engine.core.types import VideoCodec, VideoSpec
+from reelforge.engine.judge import results
+from reelforge.engine.judge.charts import Curve, read_series
+from reelforge.engine.judge.gsb import Gsb, Panel, compare, fix_panel
+from reelforge.engine.judge.report import write_report
+from reelforge.engine.judge.results import Calibration, Results, StageResult
+from reelforge.engine.judge.sheets import Row, Sheet
+from reelforge.engine.model.folder import ModelFolder
+from reelforge.engine.model.generator import decode_uint8
+from reelforge.engine.rewards import calibration
+from reelforge.stages.evaluation import (
+    REWARDS,
+    VOTERS,
+    Evaluation,
+    Judge,
+    Measured,
+    evaluate,
+    held_out_prompts,
+    truth_clip,
+)
+
+_SHEET_ROWS, _FAILURES = 10, 6
+_NOTE = (
+    "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
+    "saw. Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what a later stage trains on; votes "
+    "come from measures that no stage trains on. The truth is clean renderings of the same scenes, through the codec."
+)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is sampled.
+
+    Attributes:
+        prompts: held-out scenes, one caption each.
+        samples: clips per prompt.
+        batch_size: clips a forward.
+        calibration_clips: clips per row of known quality.
+    """
+
+    prompts: int
+    samples: int
+    batch_size: int
+    calibration_clips: int = 128
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage's training took, and where its curves are."""
+
+    steps: int
+    seconds: float
+    metrics: Path
+
+
+def through_codec(codec: VideoCodec, videos: Tensor) -> Tensor:
+    """Encode and decode uint8 ``[B, F, H, W, 3]``: the best that a model of these latents can show."""
+    parts = []
+    for part in videos.split(64):
+        pixels = part.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        parts.append(torch.from_numpy(decode_uint8(codec, codec.encode(pixels))))
+    return torch.cat(parts)
+
+
+def judge_and_report(
+    config: EvaluationConfig,
+    models: Mapping[str, Path],
+    costs: Mapping[str, StageCost],
+    root: Path,
+    recipe: Any,
+    seed: int,
+) -> Path:
+    """Sample, score, compare and write.
+
+    Args:
+        models: stage to model folder, in order; the first is the reference.
+        costs: stage to cost.
+        root: where ``results.json`` and ``report.html`` go.
+        recipe: the demo's config, for the record.
+        seed: names prompts' noise and every bootstrap.
+    """
+    report = root / "report.html"
+    folders = {name: ModelFolder.load(path) for name, path in models.items()}
+    first = next(iter(folders.values()))
+    video = first.defaults.video
+    judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
+    scenes = held_out_prompts(config.prompts)
+    prompts = [prompt for _, prompt in scenes]
+
+    def sampled(name: str, draw: int) -> Evaluation:
+        label = f"sampling {name}" + (", second noise" if draw else "")
+        draw_seed = rng.key("evaluation", seed, draw)
+        return evaluate(folders[name], judge, prompts, config.samples, draw_seed, config.batch_size, label)
+
+    evaluations = {name: sampled(name, 0) for name in folders}
+    again = sampled(next(iter(folders)), 1).measured
+    say("scoring clips of known quality")
+    pictures = torch.stack([truth_clip(s, member, video, seed) for s, _ in scenes for member in range(config.samples)])
+    truth = judge.measure(through_codec(first.codec, pictures), next(iter(evaluations.values())).measured.prompts)
+    panel = fix_panel(next(iter(evaluations.values())).measured.scores, again.scores, (*REWARDS, *VOTERS))
+    outcome = Results(
+        stages=_stages(evaluations, costs, judge, panel, seed),
+        seed=seed,
+        prompts=len(prompts),
+        clips=len(truth.prompts),
+        truth=Calibration("truth", judge.table(truth, seed)),
+        calibration=_known_rows(config, judge, first.codec, video, seed),
+        self_check=_against(next(iter(evaluations.values())).measured, again, panel, "its own second noise", seed),
+        note=_NOTE,
+        versions=hardware.versions(),
+        hardware=hardware.hardware(),
+        config=_jsonable(configuration.to_table(recipe)),
+    )
+    results.write(outcome, root / "results.json")
+    write_report(outcome, _sheets(evaluations, truth, panel, config.samples, video.fps), _curves(costs), report)
+    return report
+
+
+def _jsonable(table: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinities: an open end of a range becomes a word."""
+    return json.loads(json.dumps(table), parse_constant=str)
+
+
+def _against(measured: Measured, below: Measured, panel: Panel, reference: str, seed: int) -> Gsb:
+    return compare(measured.scores, below.scores, measured.labels, panel, reference, seed)
+
+
+def _stages(
+    evaluations: Mapping[str, Evaluation], costs: Mapping[str, StageCost], judge: Judge, panel: Panel, seed: int
+) -> tuple[StageResult, ...]:
+    """One result a stage, each judged against the one before it."""
+    names = list(evaluations)
+    first, rows = evaluations[names[0]].measured, []
+    for index, name in enumerate(names):
+        evaluation = evaluations[name]
+        below = names[max(index - 1, 0) : index]
+        rows.append(
+            StageResult(
+                name,
+                nfe=evaluation.nfe,
+                seconds_per_video=evaluation.seconds_per_video,
+                seconds_train=costs[name].seconds,
+                steps=costs[name].steps,
+                gsb=tuple(_against(evaluation.measured, evaluations[b].measured, panel, b, seed) for b in below),
+                scores=judge.table(evaluation.measured, seed, first if index else None),
+            )
+        )
+    return tuple(rows)
+
+
+def _known_rows(
+    config: EvaluationConfig, judge: Judge, codec: VideoCodec, video: VideoSpec, seed: int
+) -> tuple[Calibration, ...]:
+    """The verifiers on clips of known quality, all through the codec."""
+    clips = calibration.known_clips(config.calibration_clips, rng.key("known", seed), video)
+    return tuple(
+        Calibration(name, judge.table(judge.measure(through_codec(codec, videos), prompts), seed))
+        for name, videos, prompts in clips
+    )
+
+
+def _sheets(
+    evaluations: Mapping[str, Evaluation], truth: Measured, panel: Panel, samples: int, fps: float
+) -> list[Sheet]:
+    """Stages side by side on fixed prompts, and the last stage's worst clips."""
+    columns = ("truth", *evaluations)
+    sets = [truth, *(evaluation.measured for evaluation in evaluations.values())]
+
+    def row(clip: int, note: str = "") -> Row:
+        pictures = tuple(measured.videos[clip].numpy() for measured in sets)
+        return Row(truth.prompts[clip], clip % samples, pictures, note)
+
+    spread = np.linspace(0, len(truth.prompts) - 1, _SHEET_ROWS).astype(int) // samples * samples
+    rating = panel.rating(sets[-1].scores)
+    worst = np.argsort(rating)[:_FAILURES]
+    return [
+        Sheet("Same prompts, same noise", columns, tuple(row(clip) for clip in spread.tolist()), fps),
+        Sheet(
+            "Failures",
+            columns,
+            tuple(row(clip, f"rating {rating[clip]:.2f}") for clip in worst.tolist()),
+            fps,
+            lead=f"The {_FAILURES} clips of the last stage that the voting verifiers rate lowest.",
+        ),
+    ]
+
+
+def _curves(costs: Mapping[str, StageCost]) -> list[Curve]:
+    curves = []
+    for name, cost in costs.items():
+        loss = read_series(cost.metrics, {"training": "loss", "held out": "validation_loss"})
+        curves.append(Curve(f"{name}: flow-matching loss", loss, "mean squared velocity error", smooth=5))
+        bins = _validation_bins(cost.metrics)
+        if bins:
+            curves.append(Curve(f"{name}: held-out loss by noise level", bins, "mean squared velocity error", log=True))
+    return curves
+
+
+def _validation_bins(metrics: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every second of the eight sigma bins, over steps."""
+    lines = [line for line in read_jsonl(metrics) if "validation_bins" in line]
+    if not lines:
+        return {}
+    steps = np.array([float(line["step"]) for line in lines])
+    values = np.array([line["validation_bins"] for line in lines])
+    return {
+        f"sigma {index / 8:.3g} to {(index + 1) / 8:.3g}": (steps, values[:, index])
+        for index in range(0, values.shape[1], 2)
+    }

@@ -1,0 +1,147 @@
+"""A model on held-out prompts of the toy world: clips, scores of every verifier, cost."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reelforge.engine.core import rng
+from reelforge.engine.core.progress import track
+from reelforge.engine.core.types import VideoSpec
+from reelforge.engine.data.toy_render import render
+from reelforge.engine.data.toy_world import Scene, captions, scenes
+from reelforge.engine.judge.gsb import Verifier
+from reelforge.engine.judge.results import Score, score_clips, score_set
+from reelforge.engine.model.folder import ModelFolder
+from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
+from reelforge.engine.rewards.held_out import Basis, HeldOut
+from reelforge.engine.rewards.verifiers import ToyVerifier
+
+# Rewards are what a later stage trains on: they never vote. Nor do the accuracies, which share the rewards' fit.
+REWARDS = (
+    Verifier("vq", "higher", target=True, unit="x10 dB"),
+    Verifier("mq", "higher", target=True),
+    Verifier("ta", "higher", target=True),
+)
+VOTERS = (
+    Verifier("manifold", "lower", target=False, unit="%"),
+    Verifier("flicker", "lower", target=False),
+    Verifier("background", "lower", target=False, unit="%"),
+    Verifier("rim", "lower", target=False, unit="%"),
+)
+ACCURACIES = tuple(
+    Verifier(f"accuracy_{factor}", "higher", target=True)
+    for factor in ("colour", "shape", "motion", "speed", "background")
+)
+FRECHET = Verifier("frechet", "lower", target=False)
+_MEASURE_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Clips and what the verifiers say of each.
+
+    Attributes:
+        videos: uint8 ``[N, F, H, W, 3]``.
+        prompts: N prompts.
+        scores: verifier to float ``[N]``, NaN where missing.
+        features: ``[N, D]`` for the Frechet distance.
+    """
+
+    videos: Tensor
+    prompts: list[str]
+    scores: dict[str, np.ndarray]
+    features: Tensor
+
+    @property
+    def labels(self) -> np.ndarray:
+        """``[N]`` prompt ids, the unit of every bootstrap."""
+        return np.unique(np.array(self.prompts), return_inverse=True)[1]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's clips, measured, and what they cost.
+
+    Attributes:
+        nfe: network evaluations a video.
+        seconds_per_video: sampling and decoding.
+    """
+
+    measured: Measured
+    nfe: int
+    seconds_per_video: float
+
+
+class Judge:
+    """Every verifier of the toy world behind one call.
+
+    Args:
+        basis: of the held-out measures.
+        spec: the clip size.
+    """
+
+    def __init__(self, basis: Basis, spec: VideoSpec) -> None:
+        self.rewards, self.held_out = ToyVerifier(spec), HeldOut(basis, spec)
+
+    def measure(self, videos: Tensor, prompts: Sequence[str]) -> Measured:
+        """Score uint8 ``[N, F, H, W, 3]`` against N prompts."""
+        parts = [
+            self._measure(videos[start : start + _MEASURE_BATCH], prompts[start : start + _MEASURE_BATCH])
+            for start in range(0, len(videos), _MEASURE_BATCH)
+        ]
+        scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        return Measured(videos, list(prompts), scores, self.held_out.features(videos))
+
+    def _measure(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        fit = self.rewards.fit(videos)
+        scores = self.rewards.score_fit(fit, prompts) | self.held_out.measure(videos, prompts, fit)
+        return {name: score.values.numpy().astype(np.float64) for name, score in scores.items()}
+
+    def table(self, measured: Measured, seed: int, reference: Measured | None = None) -> dict[str, Score]:
+        """Means with 95 % intervals over prompts, and paired changes to ``reference``."""
+        below = reference.scores if reference else None
+        clip_level = score_clips(measured.scores, measured.labels, (*REWARDS, *VOTERS, *ACCURACIES), seed, below)
+        frechet = score_set(
+            lambda clips: self.held_out.distance(measured.features[clips]),
+            measured.labels,
+            FRECHET,
+            seed,
+            (lambda clips: self.held_out.distance(reference.features[clips])) if reference else None,
+        )
+        return {**clip_level, FRECHET.name: frechet}
+
+
+def held_out_prompts(count: int) -> list[tuple[Scene, str]]:
+    """``count`` scenes that no training saw, each with one caption that names all five factors."""
+    chosen = scenes("held_out")[:count]
+    return [(scene, captions(scene)[3 + index % 4]) for index, scene in enumerate(chosen)]
+
+
+def truth_clip(scene: Scene, member: int, spec: VideoSpec, seed: int) -> Tensor:
+    """A clean rendering of a scene, uint8 ``[F, H, W, 3]``."""
+    name = rng.key("truth:" + " ".join((scene.shape, scene.colour, scene.motion, scene.speed, scene.background)), seed)
+    return torch.from_numpy(render(scene, spec, rng.generator("truth", name, member)))
+
+
+@torch.no_grad()
+def evaluate(
+    folder: ModelFolder, judge: Judge, prompts: Sequence[str], samples: int, seed: int, batch_size: int, label: str
+) -> Evaluation:
+    """Sample ``samples`` clips per prompt as ``generate`` does, and measure them.
+
+    Args:
+        label: of the progress line.
+    """
+    generator = Generator(folder, resolve(folder.defaults, ()), seed)
+    jobs = [Job(prompt, member) for prompt in prompts for member in range(samples)]
+    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
+    start, clips = time.perf_counter(), []
+    for batch in track(batches, label, total=len(batches)):
+        clips.append(torch.from_numpy(decode_uint8(folder.codec, generator.latents(batch))))
+    seconds = (time.perf_counter() - start) / len(jobs)
+    measured = judge.measure(torch.cat(clips), [job.prompt for job in jobs])
+    return Evaluation(measured, generator.num_evaluations, seconds)
