@@ -1,13 +1,13 @@
 """metrics.jsonl: one JSON object a line, the source of truth for every curve."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from reelforge.engine.core.errors import StorageError
+from reelforge.engine.core.files import replace_file
 
 
 class JsonlLog:
@@ -22,9 +22,7 @@ class JsonlLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_jsonl(path) if from_step is None or r.get("step", 0) <= from_step]
         if path.exists():
-            partial = path.with_name(path.name + ".tmp")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(partial, path)
+            replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **record: Any) -> None:

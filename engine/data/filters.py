@@ -6,7 +6,6 @@ Statistics are taken once per conformed clip and kept with its latents, so range
 import dataclasses
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from reelforge.engine.core.files import replace_file
 from reelforge.engine.data.manifest import Reject, Sample
 from reelforge.engine.io.video import VideoInfo
 
@@ -178,8 +178,6 @@ def write_report(path: Path, accepted: int, rejects: Sequence[Reject]) -> str:
         "counts": counts,
         "rejects": [dataclasses.asdict(r) for r in rejects],
     }
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    partial.write_text(json.dumps(body, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, json.dumps(body, indent=1, ensure_ascii=False))
     summary = f"{total} clips: {accepted} kept, {len(rejects)} rejected"
     return summary + (f" ({', '.join(f'{reason} {count}' for reason, count in counts.items())})" if counts else "")

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from reelforge.engine.core.errors import ConfigError, DataError
+from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.progress import say, track
 from reelforge.engine.core.types import TextEncoder, VideoCodec, VideoSpec, pad_text
 from reelforge.engine.data.clips import Span, TooShort, load_clip, to_pixels
 from reelforge.engine.data.filters import FilterConfig, Stats, first_fault, measure, write_report
 from reelforge.engine.data.manifest import Manifest, Reject, Sample
-from reelforge.engine.io.shards import Row, ShardReader, ShardWriter, write_atomic
+from reelforge.engine.io.shards import Row, ShardReader, ShardWriter
 
 SELECTION = "selection.json"
 REPORT = "reject_report.json"
@@ -107,7 +108,7 @@ def build_cache(
     if not selected:
         raise DataError(f"No clip passed into {folder}.", f"See {folder / REPORT} for the reasons.")
     clips = [{"id": sample.id, "captions": sample.captions} for sample in selected]
-    write_atomic(folder / SELECTION, json.dumps({"clips": clips}, ensure_ascii=False).encode())
+    replace_file(folder / SELECTION, json.dumps({"clips": clips}, ensure_ascii=False).encode())
     return LatentCache.open(folder)
 
 

@@ -192,9 +192,7 @@ def make_clip(
     scene = choice[order[index % len(choice)]]
     fate = random.generator("toy-flaws", seed, index)
     names = ("haze", "washed", "slow_motion", "blur")
-    flaws = tuple(
-        name for name, draw in zip(names, fate.random(4), strict=True) if draw < getattr(rates, name)
-    )
+    flaws = tuple(name for name, draw in zip(names, fate.random(4), strict=True) if draw < getattr(rates, name))
     described = misdescribe(scene, rates.wrong_word, fate)
     pace = SLOW_MOTION_PACE if "slow_motion" in flaws else 1.0
     frames = _draw(scene, spec, random.generator("toy", seed, index), pace)
@@ -207,9 +205,7 @@ def make_clip(
     return Clip(_to_bytes(frames), scene, described, flaws + (("wrong_word",) if described != scene else ()))
 
 
-def write_clean(
-    folder: Path, count: int, seed: int, split: Split = "train", spec: VideoSpec = TOY_SPEC
-) -> list[Path]:
+def write_clean(folder: Path, count: int, seed: int, split: Split = "train", spec: VideoSpec = TOY_SPEC) -> list[Path]:
     """:func:`write_flawed` without flaws."""
     return write_flawed(folder, count, seed, split, CLEAN, spec)
 

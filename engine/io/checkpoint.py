@@ -22,6 +22,7 @@ import safetensors.torch
 from torch import Tensor
 
 from reelforge.engine.core.errors import CheckpointError, StorageError
+from reelforge.engine.core.files import sync
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -179,7 +180,7 @@ def _write_checkpoint(partial: Path, step: int, groups: Groups, state: Mapping[s
         "state": dict(state),
     }
     _write(partial / MANIFEST, json.dumps({**body, "sha256": _body_hash(body)}, indent=1).encode())
-    _sync_folder(partial)
+    sync(partial)
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -199,23 +200,14 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 def _write(path: Path, payload: bytes) -> None:
     with path.open("xb") as file:
         file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
 
 
 def _commit(partial: Path, target: Path) -> None:
     if target.exists():  # damaged, else save() would have kept it
         _discard(target)
     os.rename(partial, target)
-    _sync_folder(target.parent)
+    sync(target.parent)
 
 
 def _purge(folder: Path, step: int, keep_last: int) -> None:

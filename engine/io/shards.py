@@ -7,7 +7,6 @@ written again; so a killed writer loses at most the shard it was filling. A row 
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reelforge.engine.core.errors import DataError, StorageError
+from reelforge.engine.core.files import replace_file
 
 FORMAT = 1
 HEADER = "header.json"
@@ -39,27 +39,6 @@ class Row:
     shard: str
     facts: dict[str, Any]
     tensors: tuple[str, ...]
-
-
-def write_atomic(path: Path, payload: bytes) -> None:
-    """Replace a file whole or not at all, and make it last: temporary name, fsync, rename, fsync of the folder.
-
-    Raises:
-        StorageError: the disk refused; the old file is untouched.
-    """
-    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with partial.open("wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written ({error.strerror}).", "Free space and run again.") from error
 
 
 class ShardReader:
@@ -131,7 +110,7 @@ class ShardWriter:
         if (folder / HEADER).exists():
             _check_header(folder, header)
         else:
-            write_atomic(folder / HEADER, json.dumps(header, indent=1).encode())
+            replace_file(folder / HEADER, json.dumps(header, indent=1).encode())
         for leftover in folder.glob(".tmp-*"):
             leftover.unlink()
         _remove_damaged(folder)
@@ -165,8 +144,8 @@ class ShardWriter:
         path = self.folder / f"shard-{self._number:05d}.safetensors"
         payload = safetensors.torch.save(self._tensors)
         page = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest(), "rows": self._rows}
-        write_atomic(path, payload)
-        write_atomic(path.with_suffix(".json"), json.dumps(page, ensure_ascii=False).encode())
+        replace_file(path, payload)
+        replace_file(path.with_suffix(".json"), json.dumps(page, ensure_ascii=False).encode())
         self._number += 1
         self._clear()
 

@@ -13,8 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from reelforge.engine.core.files import replace_file
 from reelforge.engine.judge import charts, sheets
-from reelforge.engine.judge.results import Results, Score, replace_text
+from reelforge.engine.judge.results import Results, Score
 
 _MOTION_BUDGET_BYTES = 2_000_000  # rows beyond it are shown as strips alone: a report stays under 5 MB
 
@@ -58,7 +59,7 @@ def write_report(
         StorageError: it cannot be written.
     """
     page = render(results, contact_sheets, curves)
-    replace_text(path, page)
+    replace_file(path, page)
     return len(page.encode())
 
 

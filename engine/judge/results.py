@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from reelforge.engine.core.config import build
-from reelforge.engine.core.errors import ConfigError, DataError, StorageError
+from reelforge.engine.core.errors import ConfigError, DataError
+from reelforge.engine.core.files import replace_file
 from reelforge.engine.judge.bootstrap import (
     Clips,
     Interval,
@@ -185,21 +185,7 @@ def from_json(text: str, origin: str = "results.json") -> Results:
 
 def write(results: Results, path: Path) -> None:
     """Write the JSON; a reader never sees half of it."""
-    replace_text(path, to_json(results))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write beside ``path``, then rename.
-
-    Raises:
-        StorageError: the folder is missing or full.
-    """
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error.strerror}).", "Choose another folder.") from error
+    replace_file(path, to_json(results))
 
 
 def read(path: Path) -> Results:

@@ -16,20 +16,15 @@ import torch
 
 from reelforge.engine.core.config import build, nearest
 from reelforge.engine.core.errors import CheckpointError
+from reelforge.engine.core.files import staged_folder
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.flow.schedule import FlowSchedule
+from reelforge.engine.io.model_files import read_json, write_json
 from reelforge.engine.model.codec import ReelforgeCodec
 from reelforge.engine.model.text import SeededTextEncoder, Umt5TextEncoder
 from reelforge.engine.model.vae_diffusers import DiffusersWanVae
 from reelforge.engine.model.wan import WanTransformer
-from reelforge.engine.model.weights import (
-    DIFFUSERS_VERSION,
-    load_transformer,
-    read_json,
-    save_transformer,
-    staged_folder,
-    write_json,
-)
+from reelforge.engine.model.weights import DIFFUSERS_VERSION, load_transformer, save_transformer
 
 Codec = ReelforgeCodec | DiffusersWanVae
 Encoder = SeededTextEncoder | Umt5TextEncoder

@@ -20,7 +20,8 @@ from torch.nn import functional
 from reelforge.engine.core import rng
 from reelforge.engine.core.config import build, nearest
 from reelforge.engine.core.errors import CheckpointError, ConfigError
-from reelforge.engine.model.weights import open_weights, parse_json, read_json, staged_folder, write_json
+from reelforge.engine.core.files import staged_folder
+from reelforge.engine.io.model_files import open_weights, parse_json, read_json, write_json
 
 _PEFT_PREFIX, _PIPELINE_PREFIX = "base_model.model.", "transformer."
 _PEFT_FILE, _PIPELINE_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"

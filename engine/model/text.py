@@ -16,7 +16,7 @@ from torch import Tensor
 from reelforge.engine.core import rng
 from reelforge.engine.core.config import build, fingerprint
 from reelforge.engine.core.errors import ConfigError
-from reelforge.engine.model.weights import fingerprint_folders, read_json, write_json
+from reelforge.engine.io.model_files import fingerprint_folders, read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError
-from reelforge.engine.model.weights import fingerprint_folders
+from reelforge.engine.io.model_files import fingerprint_folders
 
 
 class DiffusersWanVae:

@@ -5,24 +5,20 @@ A folder is ``config.json`` plus one safetensors file, or several with an index.
 (FSDP, ``torch.compile``, ``generator.``); every name is checked against the model before a byte of data is read.
 """
 
-import hashlib
-import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reelforge.engine.core.config import nearest
-from reelforge.engine.core.errors import CheckpointError, StorageError
+from reelforge.engine.core.errors import CheckpointError
+from reelforge.engine.core.files import staged_folder
+from reelforge.engine.io.model_files import open_weights, read_json, write_json
 from reelforge.engine.model.wan import WanTransformer
 
 WEIGHTS_NAME = "diffusion_pytorch_model"
@@ -248,85 +244,3 @@ def _shards(state: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Ten
         shards[-1][name] = tensor
         room -= tensor.nbytes
     return shards
-
-
-@contextmanager
-def staged_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside ``folder`` that takes its place (fsync, rename) when the block ends without an error."""
-    staging, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        for path in [*staging.rglob("*"), staging]:
-            _fsync(path)
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        staging.rename(folder)
-        _fsync(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{folder} cannot be written ({error}).", "Free space or choose another folder.") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def open_weights(file: Path, device: str = "cpu") -> Iterator[Any]:
-    """A safetensors reader; a damaged or hostile header is a CheckpointError."""
-    try:
-        with safe_open(file, framework="pt", device=device) as reader:
-            yield reader
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is no sound safetensors file ({error}).", "Download it again.") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a CheckpointError that says which file is missing or damaged."""
-    try:
-        return parse_json(path.read_bytes(), path)
-    except OSError as error:
-        hint = "Give a model folder in diffusers' layout."
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}).", hint) from error
-
-
-def parse_json(text: str | bytes, path: Path) -> dict[str, Any]:
-    """A JSON object that was found in ``path``."""
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}).", "Download it again.") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path} holds a {type(table).__name__}, not an object.", "Download it again.")
-    return table
-
-
-def write_json(path: Path, table: Mapping[str, Any]) -> None:
-    """One JSON object, readable by people."""
-    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def fingerprint_folders(*folders: Path) -> str:
-    """sha256 over names and contents of all files, 16 hex digits (1 to 2 GB/s).
-
-    JSON counts by its values, without the bookkeeping keys (leading underscore) that diffusers fills with paths.
-    """
-    total = hashlib.sha256()
-    for file in (file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()):
-        if file.suffix == ".json":
-            table = {name: value for name, value in read_json(file).items() if not name.startswith("_")}
-            digest = hashlib.sha256(json.dumps(table, sort_keys=True).encode())
-        else:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256")
-        total.update(file.name.encode() + digest.digest())
-    return total.hexdigest()[:16]

@@ -185,9 +185,7 @@ class TemplateFit:
         y, x = best // response.shape[-1] + self.margin, best % response.shape[-1] + self.margin
         windows = self._windows(seen, y, x)
         span = 2 * self.shift + 1
-        gain = (2 * windows @ self.bank - self.bank_energy).view(
-            count, num_frames, len(SHAPES), -1, span * span
-        )
+        gain = (2 * windows @ self.bank - self.bank_energy).view(count, num_frames, len(SHAPES), -1, span * span)
         per_size, shift = gain.max(-1)
         per_shape = per_size.mean(1)
         rows = torch.arange(count)

@@ -150,9 +150,7 @@ def test_larger_spec_shows_the_same_clip() -> None:
     large = replace(TOY_SPEC, height=64, width=64)
     for index in range(12):
         small = make_clip(7, index).frames.astype(float)
-        shrunk = (
-            make_clip(7, index, spec=large).frames.astype(float).reshape(17, 32, 2, 32, 2, 3).mean((2, 4))
-        )
+        shrunk = make_clip(7, index, spec=large).frames.astype(float).reshape(17, 32, 2, 32, 2, 3).mean((2, 4))
         assert np.abs(small - shrunk).mean() < 1.0
 
 

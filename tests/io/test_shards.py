@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reelforge.engine.core import files
 from reelforge.engine.core.errors import DataError, StorageError
-from reelforge.engine.io import shards
 from reelforge.engine.io.shards import ShardReader, ShardWriter
 
 HEADER = {"codec": "abc", "precision": "float32"}
@@ -105,7 +105,7 @@ def test_killed_at_any_system_call_then_resumed(tmp_path: Path, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         for name in ("fsync", "replace"):
-            patch.setattr(shards.os, name, dying(getattr(shards.os, name)))
+            patch.setattr(files.os, name, dying(getattr(files.os, name)))
         try:
             fill(tmp_path, KEYS)
         except Killed:
@@ -141,7 +141,7 @@ def test_disk_full_leaves_the_store_intact(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.os, "fsync", refuse)
+        patch.setattr(files.os, "fsync", refuse)
         with pytest.raises(StorageError, match="No space left"):
             fill(tmp_path, KEYS)
     check(tmp_path, KEYS[:6])

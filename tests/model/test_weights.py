@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import CheckpointError, StorageError
+from reelforge.engine.core.files import staged_folder
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.weights import (
     diffusers_name,
     load_transformer,
     original_name,
     save_transformer,
-    staged_folder,
     storage_dtype,
 )
 

@@ -25,9 +25,7 @@ def test_whole_batch_missing() -> None:
     assert not scores.valid.any() and math.isnan(scores.mean())
 
 
-@pytest.mark.parametrize(
-    "values", [torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64), torch.tensor([math.inf])]
-)
+@pytest.mark.parametrize("values", [torch.zeros(2, 1), torch.zeros(2, dtype=torch.float64), torch.tensor([math.inf])])
 def test_other_shapes_and_types_are_refused(values) -> None:
     with pytest.raises(AssertionError):
         Scores(values)

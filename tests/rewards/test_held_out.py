@@ -36,9 +36,7 @@ def table(basis: Basis) -> dict[str, Row]:
 
 def _truth(count: int):
     clips = [make_clip(21, index, split="all") for index in range(count)]
-    return torch.stack([torch.from_numpy(clip.frames) for clip in clips]), [
-        captions(c.scene)[-1] for c in clips
-    ]
+    return torch.stack([torch.from_numpy(clip.frames) for clip in clips]), [captions(c.scene)[-1] for c in clips]
 
 
 def test_frechet_equals_scipys_matrix_root() -> None:
@@ -124,9 +122,7 @@ def test_truth_is_what_rewards_prefer(table: dict[str, Row]) -> None:
     assert all(truth[name] == 1 for name in truth if name.startswith("accuracy_"))
 
 
-@pytest.mark.parametrize(
-    "clips, loss", [("haze", 1.5), ("washed", 1.0), ("soft picture", 0.8), ("noise", 0.8)]
-)
+@pytest.mark.parametrize("clips, loss", [("haze", 1.5), ("washed", 1.0), ("soft picture", 0.8), ("noise", 0.8)])
 def test_bad_pictures_lose_visual_quality(table: dict[str, Row], clips: str, loss: float) -> None:
     assert table[clips]["vq"] < table["clean"]["vq"] - loss
 

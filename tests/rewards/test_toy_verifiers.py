@@ -39,9 +39,7 @@ def test_errors_equal_brute_force(rates: FlawRates) -> None:
         ideal = background + fit.ideal.double()[..., None] * (colour - background)
         return (pixels - ideal).square().mean((1, 2, 3, 4)).float()
 
-    torch.testing.assert_close(
-        brute(backgrounds[fit.background], colours[fit.colour]), fit.error, atol=2e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(brute(backgrounds[fit.background], colours[fit.colour]), fit.error, atol=2e-6, rtol=1e-4)
     for index in range(len(COLOURS)):
         other = brute(backgrounds[fit.background], colours[index].expand(6, 3))
         torch.testing.assert_close(other, fit.colour_error[:, index], atol=2e-6, rtol=1e-4)
@@ -101,9 +99,7 @@ def test_prompt_moves_text_alone(verifier: ToyVerifier) -> None:
 @pytest.mark.parametrize("factor", FACTORS)
 def test_one_wrong_word_costs_its_share(verifier: ToyVerifier, factor: str) -> None:
     videos, scenes = _clips(24)
-    others = [
-        replace(s, **{factor: next(v for v in FACTORS[factor] if v != getattr(s, factor))}) for s in scenes
-    ]
+    others = [replace(s, **{factor: next(v for v in FACTORS[factor] if v != getattr(s, factor))}) for s in scenes]
     right = verifier.score(videos, [captions(scene)[-1] for scene in scenes])["ta"].values
     wrong = verifier.score(videos, [captions(scene)[-1] for scene in others])["ta"].values
     loss = right - wrong
@@ -114,9 +110,7 @@ def test_a_short_prompt_promises_nothing_about_speed(verifier: ToyVerifier) -> N
     videos, scenes = _clips(16)
     hurried = [replace(scene, speed={"slow": "fast", "fast": "slow"}[scene.speed]) for scene in scenes]
     for caption in (0, 1):
-        same = [
-            verifier.score(videos, [captions(s)[caption] for s in group])["ta"] for group in (scenes, hurried)
-        ]
+        same = [verifier.score(videos, [captions(s)[caption] for s in group])["ta"] for group in (scenes, hurried)]
         assert torch.equal(same[0].values, same[1].values)
     named = beliefs(verifier.fit(videos), TOY_SPEC)
     wanted = asked([captions(scene)[0] for scene in scenes])
