@@ -49,17 +49,14 @@ def gated_residual_norm(
         x' and h, both ``[B, L, E]`` in ``x.dtype``.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    branch = y.to(wide) if gate is None else _per_frame(y.to(wide), gate.to(wide))
-    exact = x.to(wide) + branch
+    exact = x.to(wide) + y.to(wide) if gate is None else _per_frame(y.to(wide), gate.to(wide), x.to(wide))
     rounded = exact.to(x.dtype)
     normed = F.layer_norm(rounded.to(wide) if round_residual else exact, x.shape[-1:], eps=eps)
     return rounded, _per_frame(normed, gain.to(wide), shift.to(wide)).to(x.dtype)
 
 
-def _per_frame(x: Tensor, gain: Tensor, shift: Tensor | None = None) -> Tensor:
-    """``x * gain (+ shift)`` with the M rows of gain spread over the L tokens of x."""
-    rows = x.unflatten(1, (gain.shape[1], -1))
-    scaled = rows * gain[:, :, None]
-    if shift is not None:
-        scaled = scaled + shift[:, :, None]
-    return scaled.flatten(1, 2)
+def _per_frame(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+    """``x * gain + offset``, rows of gain (and of the offset, unless it has a row a token) spread over the tokens."""
+    rows = gain.shape[1]
+    spread = offset.unflatten(1, (rows, -1)) if offset.shape[1] == x.shape[1] else offset[:, :, None]
+    return torch.addcmul(spread, x.unflatten(1, (rows, -1)), gain[:, :, None]).flatten(1, 2)

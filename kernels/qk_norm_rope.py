@@ -8,6 +8,7 @@ Arithmetic is fp32 (fp64 for fp64 inputs), rounded once to the input's dtype.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,12 +51,13 @@ def qk_norm_rope(
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the interleaved pairs of ``[B, L, N, D]`` by (cos, sin) ``[L, D / 2]``."""
     cos, sin = (table[None, :, None].to(x.dtype) for table in rotation)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    # A pair times (cos + i sin), as one complex product.
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
 def _rms_norm_wide(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
 def _norm_rope(

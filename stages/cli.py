@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit status: 0 done, 2 bad input, 3 training failed, 130 interrupted."""
     arguments = parser().parse_args(argv)
+    # SIGTERM ends a verb as Ctrl-C does; training and sampling turn both into an orderly stop.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return arguments.run(arguments)
     except ReelforgeError as error:
@@ -80,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"reelforge {arguments.verb}: {word}: {error.what}\n  {error.hint}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write(f"reelforge {arguments.verb}: interrupted\n")
+        sys.stderr.write(f"reelforge {arguments.verb}: interrupted\n  Run the same command to continue.\n")
         return Interrupted.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

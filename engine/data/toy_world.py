@@ -1,6 +1,6 @@
 """The miniature's world in words: one flat shape moves over a plain background.
 
-A scene is five factors, shape x colour x motion x speed x background: 576 scenes. Its captions name all five or
+A scene is five factors, shape x colour x motion x speed x background: 432 scenes. Its captions name all five or
 leave speed and background out, so a caption is a promise about the factors it names and about nothing else.
 One sixth of the (colour, shape, motion) triples is held out: since every caption names all three, no caption
 of a held-out scene is also a caption of a training scene, while every single value, and every pair of values
@@ -29,10 +29,11 @@ COLOURS = {
 }
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
 SPEEDS = {"slow": 0.2, "fast": 0.4}  # travel over the whole clip, in shorter frame sides
+# Dark ones: with white among them the same shape is bright on one and dark on the next, which costs a small model
+# about twice the steps.
 BACKGROUNDS = {
-    "white": (0.96, 0.96, 0.96),
-    "grey": (0.50, 0.50, 0.50),
     "black": (0.04, 0.04, 0.04),
+    "grey": (0.26, 0.26, 0.26),
     "navy": (0.06, 0.10, 0.34),
 }
 FACTORS: dict[str, tuple[str, ...]] = {
@@ -90,7 +91,7 @@ class Scene:
 
 @cache
 def scenes(split: Split = "all") -> tuple[Scene, ...]:
-    """The split's scenes in a fixed order: 480 to train on, 96 held out."""
+    """The split's scenes in a fixed order: 360 to train on, 72 held out."""
     every = (Scene(*values) for values in itertools.product(*FACTORS.values()))
     return tuple(scene for scene in every if split == "all" or scene.held_out == (split == "held_out"))
 

@@ -1,9 +1,10 @@
-"""The miniature's video codec: principal components of small pixel blocks, decoded by a small causal conv net.
+"""The miniature's video codec: principal components of small pixel blocks, decoded by one overlapping convolution.
 
 A block is ``temporal_stride`` frames x ``spatial_stride``^2 pixels x 3 colours. As in Wan's VAE the first latent frame
 holds the first pixel frame alone: the clip is led in by copies of it, so a still picture is a clip of one frame.
-Encoding is linear and looks at nothing outside the block, so latents are as smooth as the video is. The decoder sees
-neighbours in space and in the past, which is what removes the blocks; it never looks at later latent frames.
+Encoding looks at nothing outside the block, so latents are as smooth as the video is. Decoding sees the neighbours in
+space and the past two latent frames, which is what removes the blocks; it never looks at later latent frames.
+Both are linear and fitted in closed form; a small conv net on top, trained for 300 steps, gained 0.2 dB at most.
 """
 
 import dataclasses
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from reelforge.engine.core import config as configuration
-from reelforge.engine.core.errors import CheckpointError, DataError
-from reelforge.engine.model.weights import open_weights, read_json, write_json
+from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError
+from reelforge.engine.io.model_files import open_weights, read_json, write_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _COLOURS = 3
+
+
+PAST_FRAMES = 2  # latent frames before its own that a block is decoded from
 
 
 @dataclass(frozen=True)
@@ -34,27 +38,25 @@ class CodecConfig:
         temporal_stride: pixel frames per latent frame.
         spatial_stride: pixels per latent position, along height and width.
         whitening: a component of standard deviation s gets the latent deviation s^(1 - whitening), up to a common
-            factor that makes the mean variance 1. At 1 faint detail weighs as much as the colour of the background,
-            and an error in either is equally visible only at 0.
-        width: channels of the decoder.
-        depth: residual layers of the decoder.
-        steps: optimiser steps.
-        batch_size: clips per step.
-        learning_rate: its peak.
-        latent_noise: deviation of the noise on latents in training, drawn per clip from 0 to this: a generator's
-            latents are never exact.
+            factor that makes the mean variance 1. At 1 faint detail weighs as much as the colour of the background;
+            at 0 an error in either is equally visible.
+        latent_noise: deviation of the noise that decoding is fitted to bear, drawn per clip from 0 to this: a
+            generator's latents are never exact. More makes plain areas calmer and edges softer.
+        pulse_weight: weight of the squared change of the error from frame to frame: without it motion is damped
+            within a latent frame and jumps to the next.
     """
 
     latent_channels: int = 16
     temporal_stride: int = 4
     spatial_stride: int = 4
     whitening: float = 0.65
-    width: int = 64
-    depth: int = 2
-    steps: int = 400
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    latent_noise: float = 0.3
+    latent_noise: float = 0.15
+    pulse_weight: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.latent_channels <= self.block_values:
+            what = f"latent_channels is {self.latent_channels}; a block has {self.block_values} values."
+            raise ConfigError(what, "Use fewer channels or larger strides.")
 
     @property
     def block_values(self) -> int:
@@ -62,42 +64,9 @@ class CodecConfig:
         return self.temporal_stride * self.spatial_stride**2 * _COLOURS
 
 
-class CausalConv(nn.Conv3d):
-    """A 2 x 3 x 3 convolution over latent frames t - 1 and t; what lies outside repeats the edge."""
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__(channels, out_channels, (2, 3, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B,C,T,H,W]`` to ``[B,out_channels,T,H,W]``."""
-        return super().forward(functional.pad(x, (1, 1, 1, 1, 1, 0), mode="replicate"))
-
-
-class Residual(nn.Module):
-    """x + project(silu(mix(x)))."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mix, self.project = CausalConv(width, width), nn.Conv3d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B,width,T,H,W]`` to the same."""
-        return x + self.project(functional.silu(self.mix(x)))
-
-
-class Decoder(nn.Module):
-    """Latents to blocks: a linear reading of the neighbourhood, and a conv net that corrects it."""
-
-    def __init__(self, config: CodecConfig) -> None:
-        super().__init__()
-        self.linear = CausalConv(config.latent_channels, config.block_values)
-        self.stem = CausalConv(config.latent_channels, config.width)
-        self.layers = nn.Sequential(*(Residual(config.width) for _ in range(config.depth)))
-        self.head = CausalConv(config.width, config.block_values)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        """``[B,C,T,H,W]`` to blocks ``[B,block_values,T,H,W]``."""
-        return self.linear(latents) + self.head(functional.silu(self.layers(self.stem(latents))))
+def pad_causal(latents: Tensor) -> Tensor:
+    """Repeat the edges of ``[B,C,T,H,W]``: past frames in front, none behind, one position on each side."""
+    return functional.pad(latents, (1, 1, 1, 1, PAST_FRAMES, 0), mode="replicate")
 
 
 class ReelforgeCodec(nn.Module):
@@ -118,7 +87,7 @@ class ReelforgeCodec(nn.Module):
         self.register_buffer("basis", torch.zeros(config.latent_channels, config.block_values))
         self.register_buffer("latents_mean", torch.zeros(config.latent_channels, 1, 1, 1))
         self.register_buffer("latents_std", torch.ones(config.latent_channels, 1, 1, 1))
-        self.decoder = Decoder(config)
+        self.synthesis = nn.Conv3d(config.latent_channels, config.block_values, (1 + PAST_FRAMES, 3, 3))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -141,7 +110,7 @@ class ReelforgeCodec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents ``[B,C,T,H,W]`` to float32 ``[B,3,F,height,width]``, clamped to [-1, 1]."""
-        return self.to_video(self.decoder(latents.to(self.basis))).clamp(-1, 1)
+        return self.to_video(self.synthesis(pad_causal(latents.to(self.basis)))).clamp(-1, 1)
 
     def to_blocks(self, video: Tensor) -> Tensor:
         """``[B,3,F,height,width]`` of any type to blocks ``[B,block_values,T,H,W]``, the first frame repeated in front.

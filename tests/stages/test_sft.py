@@ -29,6 +29,7 @@ from reelforge.engine.model.weights import load_transformer, save_transformer
 from reelforge.engine.train.loop import LoopConfig
 from reelforge.engine.train.state import OptimizerConfig
 from reelforge.stages import sft
+from reelforge.stages.cache import CacheConfig
 from reelforge.stages.sft import SftConfig, SftTask, ValidationConfig
 
 SHAPES = [(3, 4, 4)] * 7 + [(2, 4, 6)] * 5
@@ -310,3 +311,9 @@ def test_recipes_are_valid(name):
     config = configuration.load(SftConfig, recipe, ["train.steps=7", "lora.rank=4"])
     assert config.train.steps == 7 and config.lora == LoraConfig(rank=4)
     assert configuration.load(SftConfig, recipe).lora is None
+
+
+@pytest.mark.parametrize("name", ["cache_miniature", "cache_wan2.1_480p"])
+def test_cache_recipes_are_valid(name):
+    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.toml"
+    assert configuration.load(CacheConfig, recipe, ["data=elsewhere"]).data == Path("elsewhere")
