@@ -25,7 +25,7 @@ demo: venv
 
 # Two workers with one thread each: the tests are many and small.
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 lint: venv
 	$(BIN)/ruff check .

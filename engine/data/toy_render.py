@@ -32,7 +32,7 @@ from reelforge.engine.io.video import write_video
 TOY_SPEC = VideoSpec(num_frames=17, height=32, width=32, fps=16.0)
 REFERENCE_SIDE = 32
 RADIUS = (5.6, 6.8)  # of the circle; the other shapes cover about the same area
-SOFT_EDGE = 2.0  # width of the smooth rim: below it, sub-pixel motion twinkles and latents alias
+SOFT_EDGE = 2.6  # width of the smooth rim: below it, sub-pixel motion twinkles and latents alias
 _SQUARE_SIDE, _TRIANGLE_SIDE = 0.886, 1.12  # half sides per radius
 _SPEED_JITTER = 0.07
 _MARGIN = 2.0  # plain background left round a path where there is room: a border ring tells its colour

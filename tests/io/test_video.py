@@ -347,8 +347,8 @@ def test_damage_inside_is_noticed_or_harmless(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", rng.integers(0, 255, (24, 64, 96, 3), dtype=np.uint8), 24)
     whole, found = (tmp_path / "a.mp4").read_bytes(), 0
     for _ in range(20):
-        damaged, place = bytearray(whole), int(rng.integers(len(whole) // 4, len(whole) - 300))
-        damaged[place : place + 200] = rng.bytes(200)
+        damaged, place = bytearray(whole), int(rng.integers(len(whole) // 4, len(whole) - 500))
+        damaged[place : place + 400] = rng.bytes(400)
         (tmp_path / "b.mp4").write_bytes(damaged)
         try:
             assert read_video(tmp_path / "b.mp4").frames.shape == (24, 64, 96, 3)

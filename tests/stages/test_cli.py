@@ -85,7 +85,7 @@ BAD = {
         "Unknown key 'optimizer.learning_rate'",
     ),
     "no cache": (lambda c, m, t: ["sft", sft_recipe(t, m)], "cache"),
-    "no clips": (lambda c, m, t: ["cache", cache_recipe(t, t, m)], "clips"),
+    "no clips": (lambda c, m, t: ["cache", cache_recipe(t, t, m)], "holds no clip"),
     "no model": (
         lambda c, m, t: ["cache", cache_recipe(t, c, t / "nowhere")],
         "vae/config.json cannot be read",
@@ -117,8 +117,8 @@ def test_bad_input_is_answered_in_two_sentences(
     assert main(arguments(clips_folder, model_folder, tmp_path)) == 2
     error = capsys.readouterr().err
     what, hint = error.splitlines()[-2:]
-    assert message in error and ": error: " in what and hint.startswith("  ") and hint.rstrip().endswith((".", "?"))
-    assert "Traceback" not in error
+    assert message in error and ": error: " in what and "Traceback" not in error
+    assert hint.startswith("  ") and len(hint.split()) >= 3
 
 
 def start(*arguments: str) -> subprocess.Popen:
