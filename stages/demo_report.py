@@ -121,7 +121,7 @@ def judge_and_report(
         clips=len(truth.prompts),
         truth=Calibration("truth", judge.table(truth, seed)),
         calibration=_known_rows(config, judge, first.codec, video, seed),
-        self_check=_against(next(iter(evaluations.values())).measured, again, panel, "its own second noise", seed),
+        self_check=_against(next(iter(evaluations.values())).measured, again, panel, next(iter(evaluations)), seed),
         note=_NOTE,
         versions=hardware.versions(),
         hardware=hardware.hardware(),
