@@ -1,6 +1,7 @@
 """Two gloo processes against one: same weights, one writer, common stop, replica check."""
 
 import os
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -62,13 +63,14 @@ def train(folder: Path) -> None:
 
 def in_two_processes(work, folder: Path) -> list[int]:
     """Exit codes of ``work(rank, folder)`` in two forked gloo ranks; a traceback is code 1."""
-    children = []
+    # A store of its own: a second rendezvous in a used one finds the addresses of ranks that are gone.
+    store, children = tempfile.mkdtemp(dir=folder), []
     for rank in range(2):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+                dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=2)
                 code = work(rank, folder) or 0
                 dist.destroy_process_group()
             finally:
