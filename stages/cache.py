@@ -4,10 +4,11 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Literal
 
 from reelforge.engine.core import config as configuration
+from reelforge.engine.core.config import require_positive
+from reelforge.engine.core.distributed import pick_device
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.clips import Span
 from reelforge.engine.data.filters import FilterConfig
@@ -30,6 +31,7 @@ class CacheConfig:
         precision: of stored latents and embeddings.
         batch_size: clips encoded together.
         decode_threads: clips decoded at once, ahead of the codec.
+        device: where codec and text encoder run; ``auto`` takes the GPU if there is one.
     """
 
     data: Path
@@ -41,13 +43,17 @@ class CacheConfig:
     precision: Precision = "bfloat16"
     batch_size: int = 4
     decode_threads: int = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "batch_size", "decode_threads")
 
 
 def run(config: CacheConfig) -> LatentCache:
     """Build or continue the cache; rejected clips are listed in ``reject_report.json`` beside it."""
     from reelforge.engine.model.folder import load_codec, load_text_encoder
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(config.device)
     preparation = Preparation(config.video, config.span, config.precision, config.batch_size, config.decode_threads)
     codec, text = load_codec(config.model, device), load_text_encoder(config.model, device=device)
     return build_cache(config.output, read_manifest(config.data), preparation, config.filters, codec, text)

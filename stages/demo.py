@@ -168,6 +168,7 @@ class Demo:
                 filters=filters,
                 precision="float32",
                 batch_size=64,
+                device="cpu",
             )
         )
 

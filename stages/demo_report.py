@@ -39,7 +39,8 @@ _SHEET_ROWS, _FAILURES = 10, 6
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
     "saw. Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what a later stage trains on; votes "
-    "come from measures that no stage trains on. The truth is clean renderings of the same scenes, through the codec."
+    "come from measures that no stage trains on and that share nothing with the rewards. The truth is clean "
+    "renderings of the same scenes, through the codec."
 )
 
 
@@ -108,11 +109,12 @@ def judge_and_report(
         draw_seed = rng.key("evaluation", seed, draw)
         return evaluate(folders[name], judge, prompts, config.samples, draw_seed, config.batch_size, label)
 
+    pictures = torch.stack([truth_clip(s, member, video, seed) for s, _ in scenes for member in range(config.samples)])
+    asked = [prompt for prompt in prompts for _ in range(config.samples)]
+    truth = judge.calibrate(through_codec(first.codec, pictures), asked)
     evaluations = {name: sampled(name, 0) for name in folders}
     again = sampled(next(iter(folders)), 1).measured
     say("scoring clips of known quality")
-    pictures = torch.stack([truth_clip(s, member, video, seed) for s, _ in scenes for member in range(config.samples)])
-    truth = judge.measure(through_codec(first.codec, pictures), next(iter(evaluations.values())).measured.prompts)
     panel = fix_panel(next(iter(evaluations.values())).measured.scores, again.scores, (*REWARDS, *VOTERS))
     outcome = Results(
         stages=_stages(evaluations, costs, judge, panel, seed),

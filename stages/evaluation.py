@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reelforge.engine.core import rng
+from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.progress import track
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.toy_render import render
@@ -20,20 +21,26 @@ from reelforge.engine.model.generator import Generator, Job, decode_uint8, resol
 from reelforge.engine.rewards.held_out import Basis, HeldOut
 from reelforge.engine.rewards.verifiers import ToyVerifier
 
-# Rewards are what a later stage trains on: they never vote. Nor do the accuracies, which share the rewards' fit.
+# Rewards are what a later stage trains on: they never vote. Nor does what shares their fit (background, rim,
+# accuracies), nor what a blurred clip wins (manifold and flicker themselves).
 REWARDS = (
     Verifier("vq", "higher", target=True, unit="x10 dB"),
     Verifier("mq", "higher", target=True),
     Verifier("ta", "higher", target=True),
 )
 VOTERS = (
+    Verifier("strangeness", "lower", target=False),
+    Verifier("manifold_gap", "lower", target=False, unit="%"),
+    Verifier("flicker_gap", "lower", target=False),
+)
+MEASURES = (
     Verifier("manifold", "lower", target=False, unit="%"),
     Verifier("flicker", "lower", target=False),
     Verifier("background", "lower", target=False, unit="%"),
     Verifier("rim", "lower", target=False, unit="%"),
 )
 ACCURACIES = tuple(
-    Verifier(f"accuracy_{factor}", "higher", target=True)
+    Verifier(f"accuracy_{factor}", "higher", target=False)
     for factor in ("colour", "shape", "motion", "speed", "background")
 )
 FRECHET = Verifier("frechet", "lower", target=False)
@@ -86,6 +93,13 @@ class Judge:
 
     def __init__(self, basis: Basis, spec: VideoSpec) -> None:
         self.rewards, self.held_out = ToyVerifier(spec), HeldOut(basis, spec)
+        self._truth: dict[str, float] = {}
+
+    def calibrate(self, videos: Tensor, prompts: Sequence[str]) -> Measured:
+        """Measure the truth, uint8 ``[N, F, H, W, 3]``, and judge every later clip's texture and flicker against it."""
+        truth = self.measure(videos, prompts)
+        self._truth = {name: float(np.nanmean(truth.scores[name])) for name in ("manifold", "flicker")}
+        return self.measure(videos, prompts)
 
     def measure(self, videos: Tensor, prompts: Sequence[str]) -> Measured:
         """Score uint8 ``[N, F, H, W, 3]`` against N prompts."""
@@ -94,7 +108,11 @@ class Judge:
             for start in range(0, len(videos), _MEASURE_BATCH)
         ]
         scores = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return Measured(videos, list(prompts), scores, self.held_out.features(videos))
+        features = self.held_out.features(videos)
+        # True clips have independent standard normal features: 1 is typical, more is unlike any of them.
+        scores["strangeness"] = features.square().mean(1).numpy()
+        scores |= {f"{name}_gap": np.abs(scores[name] - mean) for name, mean in self._truth.items()}
+        return Measured(videos, list(prompts), scores, features)
 
     def _measure(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         fit = self.rewards.fit(videos)
@@ -104,7 +122,8 @@ class Judge:
     def table(self, measured: Measured, seed: int, reference: Measured | None = None) -> dict[str, Score]:
         """Means with 95 % intervals over prompts, and paired changes to ``reference``."""
         below = reference.scores if reference else None
-        clip_level = score_clips(measured.scores, measured.labels, (*REWARDS, *VOTERS, *ACCURACIES), seed, below)
+        present = [v for v in (*REWARDS, *VOTERS, *MEASURES, *ACCURACIES) if np.isfinite(measured.scores[v.name]).any()]
+        clip_level = score_clips(measured.scores, measured.labels, present, seed, below)
         frechet = score_set(
             lambda clips: self.held_out.distance(measured.features[clips]),
             measured.labels,
@@ -116,9 +135,16 @@ class Judge:
 
 
 def held_out_prompts(count: int) -> list[tuple[Scene, str]]:
-    """``count`` scenes that no training saw, each with one caption that names all five factors."""
-    chosen = scenes("held_out")[:count]
-    return [(scene, captions(scene)[3 + index % 4]) for index, scene in enumerate(chosen)]
+    """``count`` scenes that no training saw, each with one caption that names all five factors.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    every = scenes("held_out")
+    if not 0 < count <= len(every):
+        raise ConfigError(f"evaluation.prompts is {count}.", f"The world holds out {len(every)} scenes.")
+    order = rng.generator("held_out_prompts").permutation(len(every))[:count]
+    return [(every[place], captions(every[place])[3 + index % 4]) for index, place in enumerate(order)]
 
 
 def truth_clip(scene: Scene, member: int, spec: VideoSpec, seed: int) -> Tensor:

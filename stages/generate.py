@@ -1,6 +1,7 @@
 """``reelforge generate``: prompts to mp4 files."""
 
 import argparse
+import dataclasses
 import json
 import re
 import time
@@ -10,13 +11,18 @@ from pathlib import Path
 
 import torch
 
+from reelforge.engine.core import rng
+from reelforge.engine.core.config import fingerprint
 from reelforge.engine.core.distributed import pick_device
 from reelforge.engine.core.errors import ConfigError, Interrupted
+from reelforge.engine.core.files import make_folder
 from reelforge.engine.core.interrupt import StopRequest, stop_on_signals
 from reelforge.engine.core.progress import track
 from reelforge.engine.io.video import write_video
 from reelforge.engine.model.folder import ModelFolder, load_generation_defaults
 from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
+from reelforge.engine.model.lora import load_adapter, merge
+from reelforge.engine.model.weights import load_transformer
 from reelforge.stages.console import emit
 
 
@@ -28,14 +34,32 @@ class Target:
     path: Path
 
 
-def _targets(prompts: Sequence[str], samples: int, seed: int, out: Path) -> list[Target]:
-    width = len(str(len(prompts) - 1))
+def _targets(prompts: Sequence[str], samples: int, seed: int, out: Path, made_by: str) -> list[Target]:
+    """File names tell prompt and seed to people, and by a hash whatever else decides the pixels."""
     targets = []
-    for index, prompt in enumerate(prompts):
+    for prompt in prompts:
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "prompt"
-        name = f"{index:0{width}d}-{slug}-seed{seed}"
-        targets += [Target(Job(prompt, member), out / f"{name}-{member}.mp4") for member in range(samples)]
+        unique = f"{rng.key(f'{made_by} {prompt}') % 16**8:08x}"
+        names = (f"{slug}-{unique}-seed{seed}-{member}.mp4" for member in range(samples))
+        targets += [Target(Job(prompt, member), out / name) for member, name in enumerate(names)]
     return targets
+
+
+def _load(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> ModelFolder:
+    """The model folder, with another run's transformer or adapter in it if asked for."""
+    folder = ModelFolder.load(arguments.model, dtype, device)
+    if arguments.transformer is not None:
+        folder = dataclasses.replace(folder, transformer=load_transformer(arguments.transformer, dtype, device))
+    if arguments.adapter is not None:
+        load_adapter(folder.transformer, arguments.adapter)
+        merge(folder.transformer)
+    return folder
+
+
+def _weights_state(*folders: Path | None) -> str:
+    """Which weight files, and of when: a model trained anew makes its videos anew."""
+    files = (file for folder in folders if folder is not None for file in sorted(folder.rglob("*.safetensors")))
+    return " ".join(f"{file.resolve()}:{file.stat().st_mtime_ns}" for file in files)
 
 
 def _prompts(arguments: argparse.Namespace) -> list[str]:
@@ -57,10 +81,11 @@ def main(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" and device.type == "cuda" else torch.float32
-    generator = Generator(ModelFolder.load(arguments.model, dtype, device), config, arguments.seed)
-    targets = _targets(prompts, config.samples, arguments.seed, arguments.out)
+    generator = Generator(_load(arguments, dtype, device), config, arguments.seed)
+    weights = _weights_state(arguments.model, arguments.transformer, arguments.adapter)
+    made_by = f"{fingerprint(config)} {weights}"
+    targets = _targets(prompts, config.samples, arguments.seed, make_folder(arguments.out), made_by)
     missing = [target for target in targets if not target.path.exists()]
-    arguments.out.mkdir(parents=True, exist_ok=True)
     batches = [missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)]
     with stop_on_signals() as stop:
         for batch in track(batches, "generate", total=len(batches)):

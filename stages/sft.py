@@ -1,6 +1,7 @@
 """Supervised fine-tuning on a latent cache: full weights, or a LoRA adapter."""
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed, rng
-from reelforge.engine.core.errors import DataError
+from reelforge.engine.core.errors import ConfigError, DataError
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
@@ -47,6 +48,10 @@ class ValidationConfig:
 
     clips: int = 16
     cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.clips < 0:
+            raise ConfigError(f"validation.clips is {self.clips}.", "It must be 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ def run(config: SftConfig) -> SftResult:
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
         if distributed.rank() == 0:
-            RunDir.open(config.output, config)
+            RunDir.open(config.output, config, identity(config))
         distributed.barrier()
         weights = config.output / ("adapter" if config.lora else "transformer")
         first_step = config.train.steps
@@ -129,6 +134,22 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def identity(config: SftConfig) -> str:
+    """Hash of what decides the weights: not where the run is, how often it reports, or how a batch is cut up."""
+    train = dataclasses.replace(config.train, micro_batch_size=1, log_every=1, checkpoint_every=1, keep_last=1)
+    plain = dataclasses.replace(
+        config,
+        model=config.model.resolve(),
+        cache=config.cache.resolve(),
+        output=Path(),
+        train=train,
+        preview_prompts=(),
+        gradient_checkpointing=False,
+        device="auto",
+    )
+    return configuration.fingerprint(plain)
+
+
 def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
     model = _load_model(config, device)
     cache = LatentCache.open(config.cache)
@@ -137,7 +158,7 @@ def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
     state = TrainState(parameters, config.optimizer, config.train.steps)
     previews = Previews(config, model, cache, device) if config.preview_prompts else None
     run_dir = RunDir(config.output)
-    loop = TrainLoop(state, config.train, run_dir, configuration.fingerprint(config), "sft")
+    loop = TrainLoop(state, config.train, run_dir, f"{identity(config)}-{task.cache.fingerprint}", "sft")
     first_step = loop.resume()
 
     def at_checkpoint(step: int) -> dict[str, Any]:
@@ -185,6 +206,8 @@ class SftTask:
         self.held_out, self.clips = self._split()
         shapes = [cache.shape_of(index) for index in self.clips]
         self.sampler = BucketSampler(shapes, config.train.batch_size, self.seed, config.max_batch_tokens)
+        for size in self.sampler.batch_sizes:
+            distributed.own_slots(size)  # refuse now what would not divide among the ranks at some later step
         self._check_fit()
 
     def _split(self) -> tuple[tuple[LatentCache, list[int]], list[int]]:
@@ -192,6 +215,9 @@ class SftTask:
         order = rng.generator("held_out", self.seed).permutation(len(self.cache)).tolist()
         if wanted.cache is not None:
             other = LatentCache.open(wanted.cache)
+            if other.header != self.cache.header:
+                what = f"{wanted.cache} was prepared in another way than {self.config.cache}."
+                raise DataError(what, "Build both with the same model and recipe.")
             return (other, list(range(min(wanted.clips, len(other))))), sorted(order)
         if wanted.clips >= len(self.cache):
             raise DataError(

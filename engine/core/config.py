@@ -103,6 +103,17 @@ def build(cls: type[T], table: Mapping[str, Any], where: str = "") -> T:
     return cls(**values)
 
 
+def require_positive(config: Any, *names: str) -> None:
+    """For ``__post_init__``: refuse a field that is not above 0.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for name in names:
+        if not vars(config)[name] > 0:
+            raise ConfigError(f"{name} is {vars(config)[name]}.", "It must be above 0.")
+
+
 def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     """A hint that names the closest allowed word, or all of them."""
     names = sorted(allowed)
@@ -164,9 +175,9 @@ def to_table(config: Any) -> dict[str, Any]:
     return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
-def dump(config: Any, path: Path) -> None:
-    """Write the resolved config; :func:`load` reads it back equal."""
-    path.write_text(tomli_w.dumps(to_table(config)), encoding="utf-8")
+def dumps(config: Any) -> str:
+    """The resolved config as TOML; :func:`load` reads it back equal."""
+    return tomli_w.dumps(to_table(config))
 
 
 def fingerprint(config: Any) -> str:

@@ -39,6 +39,19 @@ def replace_file(path: Path, payload: bytes | str) -> None:
         raise StorageError(f"{path} cannot be written ({error.strerror}).", _HINT) from error
 
 
+def make_folder(path: Path) -> Path:
+    """Create a folder and its parents.
+
+    Raises:
+        StorageError: something is in the way, or the disk refused.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"Folder {path} cannot be made ({error.strerror}).", "Choose another one.") from error
+    return path
+
+
 @contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside ``folder`` that takes its place when the block ends without an error.
@@ -48,6 +61,8 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """
     staging, replaced = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     try:
+        if replaced.exists() and not folder.exists():  # a crash came between the two renames below
+            replaced.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         yield staging
@@ -60,6 +75,8 @@ def staged_folder(folder: Path) -> Iterator[Path]:
         sync(folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         raise StorageError(f"{folder} cannot be written ({error}).", _HINT) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from reelforge.engine.core.errors import StorageError
-from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.files import make_folder, replace_file
 
 
 class JsonlLog:
@@ -19,21 +19,25 @@ class JsonlLog:
     """
 
     def __init__(self, path: Path, from_step: int | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         kept = [r for r in read_jsonl(path) if from_step is None or r.get("step", 0) <= from_step]
-        if path.exists():
-            replace_file(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8")
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if path.exists() and path.stat().st_size != len(text.encode()):
+            replace_file(path, text)
+        try:
+            # Unbuffered: what the disk refuses is reported where it was written, and closing cannot fail.
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written ({error.strerror}).", "Choose another folder.") from error
 
     def write(self, **record: Any) -> None:
-        """Append one record and flush it to the operating system.
+        """Append one record.
 
         Raises:
             StorageError: the disk refused.
         """
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            self._file.write((json.dumps(record) + "\n").encode())
         except OSError as error:
             raise StorageError(
                 f"{self._file.name} cannot be written ({error.strerror}).", "Free some space."

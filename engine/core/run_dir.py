@@ -5,33 +5,34 @@ from pathlib import Path
 from typing import Any
 
 from reelforge.engine.core import config as configuration
-from reelforge.engine.core.errors import ConfigError, StorageError
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.hardware import git_revision, hardware, versions
+from reelforge.engine.core.probe import attention_backend, cuda_library
 
 
 class RunDir:
     """Paths of one run. ``open`` creates it, or continues it when the config is the same.
 
     Layout: ``config.resolved.toml``, ``run.json``, ``metrics.jsonl``, ``events.jsonl``,
-    ``bad_samples.jsonl``, ``checkpoints/step-*/``, ``samples/step-*/``.
+    ``checkpoints/step-*/``, ``samples/step-*/``.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.metrics = root / "metrics.jsonl"
         self.events = root / "events.jsonl"
-        self.bad_samples = root / "bad_samples.jsonl"
         self.checkpoints = root / "checkpoints"
         self.samples = root / "samples"
 
     @classmethod
-    def open(cls, root: Path, config: Any, kernels: dict[str, str] | None = None) -> "RunDir":
+    def open(cls, root: Path, config: Any, config_hash: str | None = None) -> "RunDir":
         """Create the folder and its headers.
 
         Args:
             root: the folder.
-            config: the stage's config; a folder of another config is refused.
-            kernels: which implementation each op resolved to, for the record.
+            config: the stage's config, for the record.
+            config_hash: of what decides the run's results; None is all of ``config``. Another hash is refused.
 
         Raises:
             ConfigError: the folder belongs to a run with another config.
@@ -39,26 +40,30 @@ class RunDir:
         """
         run = cls(root)
         header = root / "run.json"
-        config_hash = configuration.fingerprint(config)
+        config_hash = config_hash or configuration.fingerprint(config)
         if header.exists():
-            known = json.loads(header.read_text(encoding="utf-8")).get("config_hash")
+            known = _recorded_hash(header)
             if known != config_hash:
                 raise ConfigError(
                     f"{root} holds a run with another config ({known}, not {config_hash}).",
                     f"Choose another folder, or compare with {root / 'config.resolved.toml'}.",
                 )
             return run
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            configuration.dump(config, root / "config.resolved.toml")
-            facts = {
-                "config_hash": config_hash,
-                "git": git_revision(),
-                "versions": versions(),
-                "hardware": hardware(),
-                "kernels": kernels or {},
-            }
-            header.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        except OSError as error:
-            raise StorageError(f"{root} cannot be written ({error.strerror}).", "Choose another folder.") from error
+        make_folder(root)
+        facts = {
+            "config_hash": config_hash,
+            "git": git_revision(),
+            "versions": versions(),
+            "hardware": hardware(),
+            "kernels": {finding.subject: finding.state for finding in (attention_backend(), cuda_library())},
+        }
+        replace_file(root / "config.resolved.toml", configuration.dumps(config))
+        replace_file(header, json.dumps(facts, indent=2))
         return run
+
+
+def _recorded_hash(header: Path) -> str:
+    try:
+        return json.loads(header.read_text(encoding="utf-8"))["config_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{header} is no run's header.", "Remove the folder, or choose another one.") from error

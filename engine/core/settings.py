@@ -10,14 +10,12 @@ class Settings:
     """What the process environment decides.
 
     Attributes:
-        num_threads: intra-op CPU threads (``OMP_NUM_THREADS``); 0 leaves torch's choice.
         rank: this process among ``world_size`` (``RANK``, set by torchrun).
         world_size: number of processes (``WORLD_SIZE``).
         local_rank: this process on its machine (``LOCAL_RANK``).
         plain_output: no colours or live progress bars (``CI`` or ``NO_COLOR``).
     """
 
-    num_threads: int
     rank: int
     world_size: int
     local_rank: int
@@ -29,7 +27,6 @@ def settings() -> Settings:
     """Read the environment once per process."""
     env = os.environ  # noqa: TID251  (this file is the rule's one exception)
     return Settings(
-        num_threads=int(env.get("OMP_NUM_THREADS", "0")),
         rank=int(env.get("RANK", "0")),
         world_size=int(env.get("WORLD_SIZE", "1")),
         local_rank=int(env.get("LOCAL_RANK", "0")),

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from reelforge.engine.core.config import require_positive
+
 # velocity(x_t [B,C,T,H,W], timestep [B]) -> [B,C,T,H,W], fp32: what a solver integrates.
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,6 +31,9 @@ class VideoSpec:
     height: int
     width: int
     fps: float
+
+    def __post_init__(self) -> None:
+        require_positive(self, "num_frames", "height", "width", "fps")
 
 
 class VideoCodec(Protocol):

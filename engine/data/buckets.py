@@ -3,7 +3,7 @@
 Each bucket is an endless stream of shuffled epochs, cut into batches without regard to the epochs' ends, so that no
 sample is dropped: what does not fill a batch opens the next. Rounds hold each bucket's whole batches of one epoch in
 shuffled order, so buckets are drawn in proportion to their size. Resume needs the step alone, and every rank computes
-the same global batch and takes ``batch[rank::world_size]``.
+the same global batch and takes ``a contiguous part of it``.
 """
 
 from collections.abc import Sequence

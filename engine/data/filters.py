@@ -48,7 +48,7 @@ class Stats:
     """Cheap facts about a clip; levels are those of 8-bit RGB.
 
     Attributes:
-        duration_s: of the file; 0 when it does not say.
+        duration_s: of the file; 0 when it does not say, and then no filter looks at it.
         height: of the file, pixels as shown.
         width: of the file, pixels as shown.
         brightness: mean luma, 0 to 255.
@@ -151,6 +151,8 @@ def first_fault(sample: Sample, stats: Stats, config: FilterConfig) -> tuple[str
         return "filter:splits", f"split {sample.split!r} is not one of {', '.join(config.splits)}"
     values = dataclasses.asdict(stats)
     values["caption_words"] = max(len(caption.split()) for caption in sample.captions)
+    if not stats.duration_s:  # Matroska with sound does not say; a file too short for the span is refused anyway
+        del values["duration_s"]
     for name, value in values.items():
         bounds: Range = getattr(config, name)
         if not bounds.min <= value <= bounds.max:

@@ -270,6 +270,12 @@ class LatentCache:
                     "Run the cache stage with this model into a new folder.",
                 )
 
+    @property
+    def fingerprint(self) -> str:
+        """Of codec, preparation and selected clips, 16 hex digits: another cache is another training set."""
+        known = json.dumps([self.header, self._clips], sort_keys=True)
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
     def verify(self) -> None:
         """Compare every shard with its sha256; reads the whole cache."""
         self._store.verify()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from reelforge.engine.core import rng as random
+from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.progress import track
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.toy_world import (
@@ -227,7 +228,7 @@ def write_flawed(
     def write(index: int) -> Path:
         clip, file = make_clip(seed, index, rates, split, spec), folder / f"{index:05d}.mp4"
         write_video(file, clip.frames, spec.fps, crf=_CRF)
-        file.with_suffix(".txt").write_text("\n".join(captions(clip.described)) + "\n", encoding="utf-8")
+        replace_file(file.with_suffix(".txt"), "\n".join(captions(clip.described)) + "\n")
         return file
 
     with ThreadPoolExecutor(_WRITERS) as pool:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reelforge.engine.core.errors import DataError, StorageError
-from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.files import make_folder, replace_file
 
 FORMAT = 1
 HEADER = "header.json"
@@ -106,7 +106,7 @@ class ShardWriter:
     def __init__(self, folder: Path, header: Mapping[str, Any], shard_bytes: int = _SHARD_BYTES) -> None:
         self.folder, self.shard_bytes = folder, shard_bytes
         header = {"format": FORMAT, **header}
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if (folder / HEADER).exists():
             _check_header(folder, header)
         else:

@@ -1,4 +1,4 @@
-"""A model folder that makes videos: what ``generate``, previews, evaluation and jobs share."""
+"""A model folder that makes videos: what ``generate`` and evaluation share."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
+from reelforge.engine.core.config import require_positive
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.types import VideoCodec, VideoSpec, pad_text
 from reelforge.engine.flow.sampler import OnStep, initial_noise, step_noise
@@ -32,7 +33,8 @@ class GenerateConfig:
         video: frames, size and rate.
         schedule: kind and flow_shift.
         solver: ``unipc`` or ``euler``.
-        chunk_frames: latent frames a chunk; 0 makes all frames at once, otherwise the KV-cached causal decoder runs.
+        chunk_frames: latent frames a chunk; 0 makes all frames at once, otherwise the KV-cached causal decoder runs, by
+            Euler steps or by ``denoising_steps``.
         first_chunk_frames: 0 is ``chunk_frames``.
         denoising_steps: a few-step student's timesteps, e.g. [1000, 750, 500, 250]; empty is the ODE.
         samples: videos per prompt.
@@ -54,6 +56,9 @@ class GenerateConfig:
     batch_size: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        require_positive(self, "samples", "batch_size", "num_steps")
 
 
 @dataclass(frozen=True)

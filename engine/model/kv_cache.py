@@ -119,8 +119,8 @@ class ChunkPass:
             key: ``[B, tokens, N, D]``; ``value`` likewise.
 
         Returns:
-            keys and values ``[B, visible, N, D]``. With gradients the past is frozen and the chunk's own part is
-            live: nothing is written, so no later loss can reach an earlier chunk through the buffer.
+            keys and values ``[B, visible, N, D]``. With gradients the past is a constant and the chunk's own part is
+            live: the buffer holds detached values, so no later loss can reach an earlier chunk through it.
         """
         return (
             self._update(self.cache.keys[layer], key),
@@ -129,8 +129,9 @@ class ChunkPass:
 
     def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
         own_end = self.write_start + self.slot.tokens
-        if torch.is_grad_enabled() and new.requires_grad:
-            before, after = buffer[:, self.read[0] : self.write_start], buffer[:, own_end : self.read[1]]
-            return torch.cat((before.to(new.dtype), new, after.to(new.dtype)), dim=1)
-        buffer[:, self.write_start : own_end].copy_(new)
-        return buffer[:, self.read[0] : self.read[1]]
+        buffer[:, self.write_start : own_end].copy_(new.detach())
+        if not torch.is_grad_enabled():
+            return buffer[:, self.read[0] : self.read[1]]
+        # A copy: what backward needs must survive later writes to the buffer.
+        before, after = buffer[:, self.read[0] : self.write_start], buffer[:, own_end : self.read[1]]
+        return torch.cat((before.to(new.dtype), new, after.to(new.dtype)), dim=1)

@@ -51,7 +51,7 @@ def _patches(videos: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Basis:
-    """What the held-out measures learnt from true clips; a file carries it, so every run measures alike.
+    """What the held-out measures learnt from true clips; can travel in a file.
 
     Attributes:
         patch_axes: ``[192, 40]``.

@@ -27,7 +27,7 @@ class Fit:
     """B clips of F frames, explained. Lengths are in pixels of the clip.
 
     Attributes:
-        background_error: ``[B, 4]`` mean squared error per background, with the best colour.
+        background_error: ``[B, 3]`` mean squared error per background, with the best colour.
         colour_error: ``[B, 6]`` mean squared error per colour, on the best background.
         shape_error: ``[B, 3]`` squared error of the coverage per shape, per pixel of the object.
         background, colour, shape: long ``[B]``, the best of each.

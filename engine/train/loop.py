@@ -204,9 +204,14 @@ class TrainLoop:
         say(f"{error.what} {error.hint}")
 
     def _event(self, **facts: Any) -> None:
-        if self._chief:
+        """Best effort: a full disk must not turn a note about itself into the end of the run."""
+        if not self._chief:
+            return
+        try:
             with JsonlLog(self.run.events) as events:
                 events.write(**facts)
+        except StorageError as error:
+            say(error.what)
 
 
 def _printable(facts: Mapping[str, float]) -> dict[str, float | str]:

@@ -28,8 +28,22 @@ def test_a_run_continues_under_the_same_config_only(tmp_path: Path) -> None:
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="file/run cannot be written"):
+    with pytest.raises(StorageError, match="file/run cannot be made"):
         RunDir.open(tmp_path / "file" / "run", Config())
+
+
+def test_a_damaged_header_is_named(tmp_path: Path) -> None:
+    run = RunDir.open(tmp_path / "run", Config())
+    (run.root / "run.json").write_text("")
+    with pytest.raises(ConfigError, match="run.json is no run's header"):
+        RunDir.open(tmp_path / "run", Config())
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    log = JsonlLog(tmp_path / "metrics.jsonl")
+    log.close()
+    with Path("/dev/full").open("ab", buffering=0) as log._file, pytest.raises(StorageError, match="No space left"):
+        log.write(step=1)
 
 
 def test_every_torn_last_line_is_survived(tmp_path: Path) -> None:
@@ -66,6 +80,14 @@ def test_staged_folder_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
         (staging / "b").write_text("second")
     assert sorted(path.name for path in target.iterdir()) == ["b"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old/a").write_text("kept")
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "model"):
+        raise RuntimeError
+    assert (tmp_path / "model/a").read_text() == "kept"
 
 
 def test_replace_file_keeps_the_old_one_when_the_disk_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

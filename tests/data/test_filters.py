@@ -118,7 +118,7 @@ def test_filters_from_toml(tmp_path: Path) -> None:
         scores=(ScoreRange("dover", 0.07),),
         splits=("train",),
     )
-    configuration.dump(config, tmp_path / "b.toml")
+    (tmp_path / "b.toml").write_text(configuration.dumps(config))
     assert configuration.load(FilterConfig, tmp_path / "b.toml") == config
 
 

@@ -142,7 +142,7 @@ def test_an_aborted_chunk_changes_nothing() -> None:
 
 
 def test_gradient_through_a_frozen_cache_stays_in_its_chunk() -> None:
-    """With gradients, the cache is a constant: the buffer is not written and earlier inputs get no gradient."""
+    """With gradients, the past is a constant: committed slots stay as they are and carry no gradient."""
     net, clean = model(), video(4, seed=1)
     cache = net.new_cache(2, 2, 4, 4, 6)
     with torch.no_grad():
@@ -150,13 +150,29 @@ def test_gradient_through_a_frozen_cache_stays_in_its_chunk() -> None:
         net(clean[:, :, :2], torch.zeros(2), TEXT, chunk=first)
         cache.commit(first)
         expected = net(clean[:, :, 2:], SIGMA_T, TEXT, chunk=cache.denoising(2, 12))
-    before = cache.keys.clone()
+    before = cache.keys[:, :, cache.scratch_tokens :].clone()
     x = clean[:, :, 2:].clone().requires_grad_()
     output = net(x, SIGMA_T, TEXT, chunk=cache.denoising(2, 12))
     output.square().sum().backward()
     torch.testing.assert_close(output.detach(), expected, atol=1e-12, rtol=0)
     assert x.grad is not None and x.grad.abs().sum() > 0
-    assert torch.equal(cache.keys, before) and not cache.keys.requires_grad
+    assert torch.equal(cache.keys[:, :, cache.scratch_tokens :], before) and not cache.keys.requires_grad
+
+
+def test_partly_trained_projections_survive_later_writes() -> None:
+    """Only queries learn, as with an adapter on them: keys need no gradient, yet backward finds its own values."""
+    net, clean = model().requires_grad_(False), video(4, seed=1)
+    for block in net.blocks:
+        block.attn1.to_q.requires_grad_(True)
+    cache = net.new_cache(2, 2, 4, 4, 6)
+    first = cache.clean(2, 12)
+    loss = net(clean[:, :, :2], torch.zeros(2), TEXT, chunk=first).square().sum()
+    cache.commit(first)
+    loss = loss + net(clean[:, :, 2:], SIGMA_T, TEXT, chunk=cache.denoising(2, 12)).square().sum()
+    with torch.no_grad():
+        net(video(2, seed=9), SIGMA_T, TEXT, chunk=cache.denoising(2, 12))
+    loss.backward()
+    assert all(block.attn1.to_q.weight.grad.abs().sum() > 0 for block in net.blocks)
 
 
 @settings(max_examples=25, deadline=None)

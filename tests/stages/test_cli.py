@@ -1,6 +1,7 @@
 """The command as a user types it: cache, sft and generate on real files, and one sentence for whatever is wrong."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,22 @@ def test_clips_to_cache_to_sft_to_diffusers(clips_folder: Path, model_folder: Pa
     assert WanTransformer3DModel.from_pretrained(done["weights"]).config.num_layers == 2
     assert main(["sft", sft_recipe(tmp_path, model_folder)]) == 0
     assert "is finished" in capsys.readouterr().err
+
+
+def test_resume_takes_another_rhythm_and_refuses_another_cache(
+    clips_folder: Path, model_folder: Path, tmp_path: Path, capsys
+) -> None:
+    main(["cache", cache_recipe(tmp_path, clips_folder, model_folder)])
+    arguments = ["sft", sft_recipe(tmp_path, model_folder)]
+    assert main(arguments) == 0
+    shutil.rmtree(tmp_path / "run/transformer")  # as if it had stopped right before the end
+    rhythm = ["--set", "train.micro_batch_size=2", "--set", "train.log_every=2", "--set", "device=cpu"]
+    assert main([*arguments, *rhythm]) == 0
+    assert main([*arguments, "--set", "optimizer.lr=0.5"]) == 2
+    shutil.rmtree(tmp_path / "run/transformer")
+    main(["cache", cache_recipe(tmp_path, clips_folder, model_folder), "--set", "filters.brightness={max=40}"])
+    assert main(arguments) == 2
+    assert "was written under config" in capsys.readouterr().err
 
 
 def test_help_of_every_verb(capsys) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ from reelforge.engine.io.video import read_video
 from reelforge.engine.model import generation
 from reelforge.engine.model.folder import ModelFolder, load_generation_defaults
 from reelforge.engine.model.generator import Generator, Job, resolve
+from reelforge.engine.model.lora import LoraConfig, inject, lora_parameters, save_adapter
 from reelforge.stages.cli import main
 
 PROMPTS = ["a red circle moving left", "a blue square moving up"]
@@ -27,7 +29,7 @@ def generate(model: Path, out: Path, *extra: str, prompts: list[str] = PROMPTS) 
 def test_writes_clips_with_the_true_frame_rate(model_folder: Path, tmp_path: Path, capsys) -> None:
     assert generate(model_folder, tmp_path, "--set", "samples=2") == 0
     files = sorted(tmp_path.glob("*.mp4"))
-    assert len(files) == 4 and "a-red-circle-moving-left" in files[0].name
+    assert len(files) == 4 and "a-red-circle-moving-left" in files[-1].name
     with av.open(str(files[0])) as container:
         stream = container.streams.video[0]
         assert stream.average_rate == 16 and (stream.width, stream.height) == (16, 16)
@@ -47,6 +49,29 @@ def test_makes_only_what_is_missing(model_folder: Path, tmp_path: Path, capsys) 
     generate(model_folder, tmp_path)
     assert first.stat().st_mtime_ns == kept and second.read_bytes() == before
     assert "1 videos made, 1 were there" in capsys.readouterr().out
+
+
+def test_other_settings_weights_or_prompts_are_other_videos(model_folder: Path, tmp_path: Path) -> None:
+    """Names must not collide: the second of each pair would never be made."""
+    out, other = tmp_path / "out", tmp_path / "transformer"
+    shutil.copytree(model_folder / "transformer", other)
+    generate(model_folder, out, prompts=["一只猫", "一只狗"])
+    generate(model_folder, out, "--set", "num_steps=3", prompts=["一只猫"])
+    generate(model_folder, out, "--transformer", str(other), prompts=["一只猫"])
+    assert len(list(out.glob("*.mp4"))) == 4
+
+
+def test_an_adapter_is_merged_in(model_folder: Path, tmp_path: Path) -> None:
+    model = ModelFolder.load(model_folder).transformer
+    inject(model, LoraConfig(rank=2, alpha=4), seed=0)
+    for name, parameter in lora_parameters(model):
+        if parameter.abs().sum() == 0:
+            parameter.data.normal_(0, 1, generator=torch.Generator().manual_seed(len(name)))
+    save_adapter(model, tmp_path / "adapter")
+    generate(model_folder, tmp_path, prompts=PROMPTS[:1])
+    generate(model_folder, tmp_path, "--adapter", str(tmp_path / "adapter"), prompts=PROMPTS[:1])
+    plain, adapted = (read_video(path).frames for path in sorted(tmp_path.glob("*.mp4")))
+    assert not np.array_equal(plain, adapted)
 
 
 def test_prompts_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
@@ -138,6 +163,8 @@ def test_cached_few_step_clips_reach_the_disk(model_folder: Path, tmp_path: Path
         ("video.height=18", "height is 18. It must be a multiple of 4"),
         ("denoising_steps=[1000]", "chunk_frames is 0. Set chunk_frames"),
         ("num_steps=0", "num_steps is 0"),
+        ("batch_size=0", "batch_size is 0. It must be above 0"),
+        ("video.fps=0", "fps is 0"),
         ("guidance=2", "Unknown key 'guidance'. Did you mean 'guidance_scale'"),
     ],
 )
