@@ -1,12 +1,9 @@
-"""LayerNorm followed by a per-frame gain and shift, and the same behind a gated residual.
-
-    norm_modulate        h = LN(x) * gain + shift
-    gated_residual_norm  x' = x + gate * y,   h = LN(x') * gain + shift
+"""LayerNorm followed by a per-frame gain and shift: h = LN(x) * gain + shift.
 
 LN has no parameters of its own: AdaLN passes ``gain = 1 + scale`` (Peebles & Xie 2023, DiT), an affine LayerNorm
-passes its weight and bias. Gain, shift and gate are ``[B or 1, M, E]``: M = 1 for one timestep a sample, M = T for
-one a latent frame, and then token l belongs to row ``l // (L / M)``. Arithmetic is fp32 (fp64 for fp64 inputs) and
-every result is rounded once, to ``x.dtype``.
+passes its weight and bias. Gain and shift are ``[B or 1, M, E]``: M = 1 for one timestep a sample, M = T for one a
+latent frame, and then token l belongs to row ``l // (L / M)``. Arithmetic is fp32 (fp64 for fp64 inputs) and the
+result is rounded once, to ``x.dtype``.
 """
 
 import torch
@@ -28,34 +25,10 @@ def norm_modulate(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=eps)
-    return _per_frame(normed, gain.to(wide), shift.to(wide)).to(x.dtype)
+    return per_frame(normed, gain.to(wide), shift.to(wide)).to(x.dtype)
 
 
-def gated_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, shift: Tensor, eps: float, *, round_residual: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The residual add of one branch and the norm in front of the next, in one pass over the tokens.
-
-    Args:
-        x: residual stream ``[B, L, E]``.
-        y: the branch's output ``[B, L, E]``.
-        gate: ``[B or 1, M, E]``; None adds ``y`` as it is.
-        gain: ``[B or 1, M', E]`` of the next norm.
-        shift: like ``gain``.
-        eps: added to the variance.
-        round_residual: normalise the rounded x' (diffusers' rounding point) instead of the exact one.
-
-    Returns:
-        x' and h, both ``[B, L, E]`` in ``x.dtype``.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    exact = x.to(wide) + y.to(wide) if gate is None else _per_frame(y.to(wide), gate.to(wide), x.to(wide))
-    rounded = exact.to(x.dtype)
-    normed = F.layer_norm(rounded.to(wide) if round_residual else exact, x.shape[-1:], eps=eps)
-    return rounded, _per_frame(normed, gain.to(wide), shift.to(wide)).to(x.dtype)
-
-
-def _per_frame(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+def per_frame(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     """``x * gain + offset``, rows of gain (and of the offset, unless it has a row a token) spread over the tokens."""
     rows = gain.shape[1]
     spread = offset.unflatten(1, (rows, -1)) if offset.shape[1] == x.shape[1] else offset[:, :, None]

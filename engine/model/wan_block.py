@@ -19,8 +19,8 @@ from reelforge.engine.model.kv_cache import ChunkPass
 from reelforge.engine.model.layout import Layout
 from reelforge.engine.model.wan_config import WanConfig
 from reelforge.kernels.attention import attention
+from reelforge.kernels.gated_residual_norm import gated_residual_norm
 from reelforge.kernels.gelu import gelu
-from reelforge.kernels.norm_modulate import gated_residual_norm
 from reelforge.kernels.qk_norm_rope import qk_norm_rope, rms_norm
 
 Precision = Literal["reference", "fast"]
