@@ -153,6 +153,8 @@ def identity(config: SftConfig) -> str:
 def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
     model = _load_model(config, device)
     cache = LatentCache.open(config.cache)
+    if distributed.rank() == 0:
+        cache.check(load_codec(config.model))  # the text encoder is too large to load for a check alone
     task = SftTask(config, model, cache, device)
     parameters = dict(lora_parameters(model) if config.lora else model.named_parameters())
     state = TrainState(parameters, config.optimizer, config.train.steps)

@@ -257,13 +257,14 @@ class LatentCache:
             raise DataError(f"Cache {folder} lost clip {missing[0]!r}.", "Run the cache stage again; it continues.")
         return cls(store, clips)
 
-    def check(self, codec: VideoCodec, text: TextEncoder) -> None:
-        """Refuse a cache that another codec or text encoder made.
+    def check(self, codec: VideoCodec, text: TextEncoder | None = None) -> None:
+        """Refuse a cache that another codec, or another text encoder if one is given, made.
 
         Raises:
             DataError: names the one that differs.
         """
-        for name, fingerprint in (("codec", codec.fingerprint), ("text", text.fingerprint)):
+        found = {"codec": codec.fingerprint} | ({"text": text.fingerprint} if text is not None else {})
+        for name, fingerprint in found.items():
             if self.header[name] != fingerprint:
                 raise DataError(
                     f"{self._store.folder} was built with {name} {self.header[name]}, not {fingerprint}.",

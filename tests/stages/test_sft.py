@@ -280,9 +280,20 @@ class WordEncoder:
         return [rng.normal([rng.key(prompt)], (2, 6))[0] for prompt in prompts]
 
 
+@pytest.fixture(autouse=True)
+def stand_in_codec(monkeypatch):
+    """The latents here are drawn, not encoded: their codec has a fingerprint and little more."""
+    monkeypatch.setattr(sft, "load_codec", lambda *_: PatchCodec())
+
+
+def test_a_cache_of_another_codec_is_refused(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(PatchCodec, "fingerprint", "other")
+    with pytest.raises(DataError, match="built with codec none, not other"):
+        sft.run(config_of(inputs, tmp_path))
+
+
 def test_previews_show_the_averaged_weights_and_are_repeatable(inputs, tmp_path, monkeypatch):
     defaults = GenerationDefaults(VideoSpec(3, 64, 64, 8.0), FlowSchedule("unipc_flow", 3.0), 4, 2.0, "bad")
-    monkeypatch.setattr(sft, "load_codec", lambda *_: PatchCodec())
     monkeypatch.setattr(sft, "load_text_encoder", lambda *_: WordEncoder())
     monkeypatch.setattr(sft, "load_generation_defaults", lambda *_: defaults)
     for name in ("one", "two"):
