@@ -81,7 +81,7 @@ def _mean_length(folder: str) -> float:
 def rule_bars() -> list[Bar]:
     rules = {
         "pickle, torch.load or torch.save": offenders(
-            r"^\s*(import|from)\s+(pickle|dill|cloudpickle|marshal|shelve)\b|(?<!safetensors.)\btorch\.(load|save)\(|(gather|scatter|broadcast|send|recv)_object(_list)?\("
+            r"^\s*(import|from)\s+(pickle|dill|cloudpickle|marshal|shelve)\b|\btorch\.(load|save)\(|(gather|scatter|broadcast|send|recv)_object(_list)?\("
         ),
         "except without a named error": offenders(r"^\s*except(\s+(Base)?Exception\b.*)?:"),
         "print outside the command line": offenders(r"^\s*print\(", COMMAND_LINE),

@@ -29,8 +29,8 @@ COLOURS = {
 }
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # (x, y), y points down
 SPEEDS = {"slow": 0.2, "fast": 0.4}  # travel over the whole clip, in shorter frame sides
-# Dark ones: with white among them the same shape is bright on one and dark on the next, which costs a small model
-# about twice the steps.
+# Dark ones: with white among them the same shape is bright on one and dark on the next, which a small model learns
+# much more slowly.
 BACKGROUNDS = {
     "black": (0.04, 0.04, 0.04),
     "grey": (0.26, 0.26, 0.26),

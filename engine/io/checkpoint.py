@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from reelforge.engine.core.errors import CheckpointError, StorageError
@@ -139,7 +140,7 @@ def load(path: Path, config_hash: str | None = None) -> Checkpoint:
         for name, facts in manifest["files"].items():
             payload = (path / name).read_bytes()
             _check_hash(path / name, hashlib.sha256(payload).hexdigest(), facts)
-            groups[facts["group"]].update(safetensors.torch.load(payload))
+            groups[facts["group"]].update(tensors_from_bytes(payload))
     return Checkpoint(manifest["step"], groups, manifest["state"])
 
 
@@ -164,7 +165,7 @@ def _write_checkpoint(partial: Path, step: int, groups: Groups, state: Mapping[s
     for group, tensors in groups.items():
         for index, shard in enumerate(_shards(tensors)):
             name = f"{group}-{index:05d}.safetensors"
-            payload = safetensors.torch.save({key: t.detach().cpu().contiguous() for key, t in shard.items()})
+            payload = tensors_to_bytes({key: t.detach().cpu().contiguous() for key, t in shard.items()})
             files[name] = {
                 "group": group,
                 "bytes": len(payload),

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import safetensors.torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from reelforge.engine.core.errors import DataError, StorageError
@@ -74,7 +74,7 @@ class ShardReader:
         if row.shard not in self._open:
             try:
                 self._open[row.shard] = safe_open(self.folder / row.shard, "pt")
-            except safetensors.SafetensorError as error:
+            except SafetensorError as error:
                 raise _damaged(self.folder / row.shard) from error
         return {name: self._open[row.shard].get_tensor(f"{key}#{name}") for name in row.tensors}
 
@@ -142,7 +142,7 @@ class ShardWriter:
         if not self._rows:
             return
         path = self.folder / f"shard-{self._number:05d}.safetensors"
-        payload = safetensors.torch.save(self._tensors)
+        payload = tensors_to_bytes(self._tensors)
         page = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest(), "rows": self._rows}
         replace_file(path, payload)
         replace_file(path.with_suffix(".json"), json.dumps(page, ensure_ascii=False).encode())
