@@ -30,7 +30,7 @@ _HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 _X265_MIN_SIDE = 64  # x265 4.2 overruns its heap on pictures smaller than one coding unit (x265 issue 774)
 # Containers with a coarse clock round each timestamp: Matroska to 1 ms.
 _CLOCK_ERROR_S = 0.0006
-# With its macroblock tree, x264 writes other bytes for about a tenth of small clips each time (measured).
+# With its macroblock tree, x264 wrote other bytes for 30 and 34 of 100 small clips in two repeats; without, for none.
 _REPEATABLE = {"libx264": {"x264-params": "mbtree=0"}}
 
 
