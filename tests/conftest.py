@@ -1,10 +1,15 @@
 """A tiny model folder and tiny clips, real in every part, for tests that go through whole stages."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before any kernel is imported: without a GPU Triton's kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data import toy_render

@@ -4,21 +4,18 @@ Bad input raises one of these; a programmer's mistake is an ``assert``. The comm
 two sentences and exits with :attr:`ReelforgeError.exit_code`; a traceback means a bug in reelforge.
 """
 
+from reelforge.kernels.errors import KernelError, ReelforgeError
 
-class ReelforgeError(Exception):
-    """Base of all errors that bad input or a failing environment can cause.
-
-    Args:
-        what: one sentence that names the offending value.
-        hint: what to do next.
-    """
-
-    exit_code = 2
-
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(f"{what} {hint}")
-        self.what = what
-        self.hint = hint
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "KernelError",
+    "ReelforgeError",
+    "StorageError",
+    "TrainingError",
+]
 
 
 class ConfigError(ReelforgeError):
