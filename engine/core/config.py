@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-import tomli_w
 
 from reelforge.engine.core.errors import ConfigError
 
@@ -177,6 +176,8 @@ def to_table(config: Any) -> dict[str, Any]:
 
 def dumps(config: Any) -> str:
     """The resolved config as TOML; :func:`load` reads it back equal."""
+    import tomli_w  # not on every machine that only measures
+
     return tomli_w.dumps(to_table(config))
 
 

@@ -25,7 +25,10 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32, grad: bool
 @contextmanager
 def triton(op: str, implementation: str = "triton") -> Iterator[None]:
     """Run ``op`` by its kernel, with NaN in every buffer it allocates."""
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic, fill = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
@@ -60,7 +63,9 @@ def check_gradients(
 ) -> None:
     """Values and gradients of ``op(*tensors)`` against the reference in fp64 on the same values."""
     exact_tensors = double(tensors)
-    results, exact_results = (_tuple(function(*given)) for function, given in ((op, tensors), (reference, exact_tensors)))
+    results, exact_results = (
+        _tuple(function(*given)) for function, given in ((op, tensors), (reference, exact_tensors))
+    )
     for result, exact in zip(results, exact_results, strict=True):
         assert_close(result, exact, result.dtype, slack)
     upstream = [randn(100 + i, *result.shape, dtype=result.dtype) for i, result in enumerate(results)]

@@ -27,7 +27,9 @@ def values() -> torch.Tensor:
     """Every magnitude, ties, subnormals, overflow, signed zeros, infinities and NaN."""
     spread = torch.randn(4096) * torch.exp2(torch.arange(4096) % 40 - 20.0)
     ties = (torch.arange(-2040, 2040) / 16).float()
-    special = torch.tensor([0.0, -0.0, 448, 449, 464, 465, 500, 1e4, 1e30, torch.inf, -torch.inf, torch.nan, 2**-9, 2**-10])
+    special = torch.tensor(
+        [0.0, -0.0, 448, 449, 464, 465, 500, 1e4, 1e30, torch.inf, -torch.inf, torch.nan, 2**-9, 2**-10]
+    )
     return torch.cat((spread, ties, special, torch.zeros(2)))
 
 
