@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-
 from reelforge.engine.core.errors import ConfigError
 
 T = TypeVar("T")  # a frozen dataclass
