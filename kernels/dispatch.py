@@ -11,8 +11,10 @@ passing over an implementation that was expected is an error too, so that a benc
 
 import ast
 import hashlib
+import importlib
 import inspect
 import json
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-import reelforge
+import reelforge.kernels
 from reelforge.kernels.errors import KernelError
 
 REFERENCE = "torch"
@@ -177,6 +179,12 @@ def strict() -> Iterator[None]:
         yield
     finally:
         _expected.pop()
+
+
+def load() -> None:
+    """Import every op's module, so that the registry is whole."""
+    for module in pkgutil.iter_modules(reelforge.kernels.__path__):
+        importlib.import_module(f"reelforge.kernels.{module.name}")
 
 
 def implementations() -> dict[str, list[str]]:

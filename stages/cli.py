@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from reelforge.engine.core.errors import Interrupted, ReelforgeError
+from reelforge.engine.core.settings import settings
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -16,6 +17,8 @@ def _lazily(module: str) -> Verb:
     """The verb's ``main`` in its module of this package, imported when it runs."""
 
     def run(arguments: argparse.Namespace) -> int:
+        if settings().kernel_pins:
+            importlib.import_module("reelforge.engine.core.probe").pin_kernels(settings().kernel_pins)
         return importlib.import_module(f"reelforge.stages.{module}").main(arguments)
 
     return run

@@ -21,7 +21,7 @@ def findings() -> dict[str, list[Finding]]:
     return {
         "Machine": machine,
         "Versions": versions,
-        "Kernels": [probe.attention_backend(), probe.cuda_library()],
+        "Kernels": [*probe.kernels(), probe.cuda_library()],
         "Optional packages": probe.optional_packages(),
         "Video encoders": _encoders(),
     }

@@ -6,12 +6,14 @@ build), so nothing here trusts ``find_spec``.
 
 import ctypes
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import reelforge.kernels
+from reelforge.kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,25 @@ def _try_import(name: str, cost: str) -> Finding:
     return Finding(name, str(vars(module).get("__version__", "importable")))
 
 
-def attention_backend() -> Finding:
-    """Which attention runs, and why."""
-    if torch.cuda.is_available():
-        return Finding("attention", "torch SDPA", "cuDNN or flash, torch chooses by shape")
-    return Finding("attention", "plain matmuls up to 128 x 128 scores, torch SDPA above", "the fastest on a CPU")
+def kernels() -> list[Finding]:
+    """What runs for each fused op in bf16 on this machine, and why not something better."""
+    dispatch.load()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        Finding(choice.op, choice.name, "; ".join(f"not {name}: {reason}" for name, reason in choice.passed_over))
+        for choice in dispatch.explain(dispatch.Query(device, torch.bfloat16, head_dim=128))
+    ]
+
+
+def pin_kernels(pins: Iterable[tuple[str, str]]) -> None:
+    """Force implementations, as (op, implementation).
+
+    Raises:
+        KernelError: an op or implementation that does not exist.
+    """
+    dispatch.load()
+    for op, implementation in pins:
+        dispatch.pin(op, implementation)
 
 
 def cuda_library() -> Finding:

@@ -8,7 +8,7 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.hardware import git_revision, hardware, versions
-from reelforge.engine.core.probe import attention_backend, cuda_library
+from reelforge.engine.core.probe import cuda_library, kernels
 
 
 class RunDir:
@@ -55,7 +55,7 @@ class RunDir:
             "git": git_revision(),
             "versions": versions(),
             "hardware": hardware(),
-            "kernels": {finding.subject: finding.state for finding in (attention_backend(), cuda_library())},
+            "kernels": {finding.subject: finding.state for finding in (*kernels(), cuda_library())},
         }
         replace_file(root / "config.resolved.toml", configuration.dumps(config))
         replace_file(header, json.dumps(facts, indent=2))

@@ -12,7 +12,6 @@ velocity at the new point is known, redoes the step with it (the corrector): no 
 import math
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from reelforge.engine.flow import sde
@@ -49,7 +48,7 @@ class UniPC:
 
     def __init__(self, grid: Grid) -> None:
         self._sigmas: list[float] = grid.sigmas.tolist()
-        self._log_snr: list[float] = (-torch.logit(grid.sigmas.clamp(max=_ALMOST_NOISE))).tolist()
+        self._log_snr = [_log_snr(min(sigma, _ALMOST_NOISE)) for sigma in self._sigmas]
         self._k = 0
         self._x0: list[Tensor] = []  # x0_hat at steps k-2 and k-1
         self._start: Tensor | None = None  # where step k-1 began, after correction
@@ -92,6 +91,10 @@ class UniPC:
         second = -2 * first / h - 1 / math.expm1(-h)
         past = (second - first) / (back - 1)
         return x0 + past / back * (self._x0[-2] - x0) + (first - past) * (x0_next - x0)
+
+
+def _log_snr(sigma: float) -> float:
+    return math.log1p(-sigma) - math.log(sigma) if sigma > 0 else math.inf
 
 
 SOLVERS: dict[SolverName, type[Euler] | type[UniPC]] = {"euler": Euler, "unipc": UniPC}

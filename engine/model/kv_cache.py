@@ -111,27 +111,33 @@ class ChunkPass:
     write_start: int
     read: tuple[int, int]
 
+    def own(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where this chunk's rotated keys and its values go: views of the cache ``[B, tokens, N, D]``."""
+        span = slice(self.write_start, self.write_start + self.slot.tokens)
+        return self.cache.keys[layer][:, span], self.cache.values[layer][:, span]
+
+    def visible(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that the chunk sees, its own included: views ``[B, visible, N, D]``."""
+        span = slice(*self.read)
+        return self.cache.keys[layer][:, span], self.cache.values[layer][:, span]
+
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this chunk's rotated keys and values and return all that it may see.
+        """Store this chunk's rotated keys and values and return all that it may see, differentiably.
 
         Args:
             layer: block index.
             key: ``[B, tokens, N, D]``; ``value`` likewise.
 
         Returns:
-            keys and values ``[B, visible, N, D]``. With gradients the past is a constant and the chunk's own part is
-            live: the buffer holds detached values, so no later loss can reach an earlier chunk through it.
+            keys and values ``[B, visible, N, D]``: the past is a constant and the chunk's own part is live. The
+            buffer holds detached values, so no later loss can reach an earlier chunk through it.
         """
-        return (
-            self._update(self.cache.keys[layer], key),
-            self._update(self.cache.values[layer], value),
-        )
+        for slot, new in zip(self.own(layer), (key, value), strict=True):
+            slot.copy_(new.detach())
+        return self._joined(self.cache.keys[layer], key), self._joined(self.cache.values[layer], value)
 
-    def _update(self, buffer: Tensor, new: Tensor) -> Tensor:
-        own_end = self.write_start + self.slot.tokens
-        buffer[:, self.write_start : own_end].copy_(new.detach())
-        if not torch.is_grad_enabled():
-            return buffer[:, self.read[0] : self.read[1]]
+    def _joined(self, buffer: Tensor, new: Tensor) -> Tensor:
         # A copy: what backward needs must survive later writes to the buffer.
-        before, after = buffer[:, self.read[0] : self.write_start], buffer[:, own_end : self.read[1]]
+        before = buffer[:, self.read[0] : self.write_start]
+        after = buffer[:, self.write_start + self.slot.tokens : self.read[1]]
         return torch.cat((before.to(new.dtype), new, after.to(new.dtype)), dim=1)

@@ -27,19 +27,20 @@ class RotaryTable(nn.Module):
         self.axis_dims = (head_dim - 2 * spatial, spatial, spatial)
         self.max_positions = max_positions
         self.theta = theta
-        self._tables: dict[torch.device, list[Tensor]] = {}
+        self._tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
 
-    def _axis_angles(self, device: torch.device) -> list[Tensor]:
-        """fp64 angles ``[max_positions, d / 2]`` for each axis, made once per device."""
+    def _axis_tables(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """fp64 cos and sin ``[max_positions, d / 2]`` for each axis, made once per device."""
         if device not in self._tables:
             position = torch.arange(self.max_positions, dtype=torch.float64, device=device)
             self._tables[device] = [
-                torch.outer(
-                    position, self.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-                )
-                for dim in self.axis_dims
+                (angles.cos(), angles.sin())
+                for angles in (torch.outer(position, self._frequencies(dim, device)) for dim in self.axis_dims)
             ]
         return self._tables[device]
+
+    def _frequencies(self, dim: int, device: torch.device) -> Tensor:
+        return self.theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 
     def forward(
         self, frame_index: Sequence[int], height: int, width: int, device: torch.device, dtype: torch.dtype
@@ -65,14 +66,27 @@ class RotaryTable(nn.Module):
                 f"Position {largest} is outside the rotary table of {self.max_positions}.",
                 "Use fewer latent frames or a smaller picture, or raise rope_max_seq_len.",
             )
-        time, rows, columns = self._axis_angles(device)
+        time, rows, columns = self._axis_tables(device)
         grid = (len(frame_index), height, width)
-        angles = torch.cat(
-            (
-                time[torch.tensor(frame_index, device=device)][:, None, None].expand(*grid, -1),
-                rows[:height][None, :, None].expand(*grid, -1),
-                columns[:width][None, None, :].expand(*grid, -1),
-            ),
-            dim=-1,
-        ).flatten(0, 2)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = (
+            torch.cat(
+                (
+                    # Slices of consecutive frames: an index list would be copied to the device in every forward.
+                    torch.cat([time[part][run] for run in _runs(frame_index)])[:, None, None].expand(*grid, -1),
+                    rows[part][:height][None, :, None].expand(*grid, -1),
+                    columns[part][:width][None, None, :].expand(*grid, -1),
+                ),
+                dim=-1,
+            )
+            .flatten(0, 2)
+            .to(dtype)
+            for part in (0, 1)
+        )
+        return cos, sin
+
+
+def _runs(frames: Sequence[int]) -> list[slice]:
+    """Consecutive frames as slices: (0, 1, 2, 0, 1, 2) is 0:3 twice."""
+    starts = [i for i in range(len(frames)) if i == 0 or frames[i] != frames[i - 1] + 1]
+    ends = [*starts[1:], len(frames)]
+    return [slice(frames[start], frames[start] + end - start) for start, end in zip(starts, ends, strict=True)]

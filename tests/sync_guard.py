@@ -1,0 +1,65 @@
+"""Finds host synchronisation without a GPU: operators on fake CUDA tensors that would make the host wait, or copy."""
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+    torch.ops.aten.repeat_interleave.Tensor,
+}
+
+
+class HostSync(AssertionError):
+    """An operator on the hot path makes the host wait for the device."""
+
+
+class SyncGuard(TorchDispatchMode):
+    """Raises :class:`HostSync` at an operator that reads the device from the host, or copies between them."""
+
+    def __torch_dispatch__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
+        if operator in _WAITING or (operator is torch.ops.aten.index.Tensor and _has_mask(args[1])):
+            raise HostSync(f"{operator} waits for the device")
+        result = operator(*args, **kwargs)
+        after = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+        if before and after - before or len(before) > 1:
+            raise HostSync(f"{operator} copies between {sorted(before | after)}")
+        return result
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+@contextmanager
+def fake_cuda() -> Iterator[None]:
+    """Tensors made inside lie on a CUDA device that need not exist: shapes without storage, forward passes only."""
+    _allow_fake_cuda()
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        yield
+
+
+def _allow_fake_cuda() -> None:
+    """Give a torch without CUDA the meta device's guard for it, one that does nothing: slicing asks for a guard.
+
+    torch does so itself in a CUDA build on a machine without a GPU (``_ensureCUDADeviceGuardSet``).
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+    guards = (ctypes.c_void_p * 21).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+    cuda, meta = 1, 14  # c10::DeviceType
+    if not guards[cuda]:
+        guards[cuda] = guards[meta]
