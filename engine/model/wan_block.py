@@ -83,18 +83,24 @@ class SelfAttention(Attention):
         v = self.to_v(h).unflatten(-1, (self.num_heads, -1))
         if sequence.chunk is not None:
             return self.output(attention(q, *sequence.chunk.update(layer, k, v)))
-        return self.output(torch.cat(self._attend(q, k, v, sequence), dim=1))
+        return self.output(self._attend(q, k, v, sequence))
 
     @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: TokenSequence) -> list[Tensor]:
+    def _attend(q: Tensor, k: Tensor, v: Tensor, sequence: TokenSequence) -> Tensor:
         def gather(tensor: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
-            parts = [tensor[:, sequence.span(span)] for span in spans]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            return _join([tensor[:, sequence.span(span)] for span in spans])
 
-        return [
-            attention(q[:, sequence.span(rectangle.queries)], gather(k, rectangle.keys), gather(v, rectangle.keys))
-            for rectangle in sequence.layout.rectangles
-        ]
+        return _join(
+            [
+                attention(q[:, sequence.span(rectangle.queries)], gather(k, rectangle.keys), gather(v, rectangle.keys))
+                for rectangle in sequence.layout.rectangles
+            ]
+        )
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    # cat would copy a single part too: 100 MB a block at 32,760 tokens.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class CrossAttention(Attention):

@@ -1,0 +1,92 @@
+"""The whole model on its fused kernels equals the model on the references: forward, backward, cached chunks."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from parity import DEVICE, randn
+from torch import Tensor
+
+from reelforge.engine.model.layout import chunk_causal
+from reelforge.engine.model.wan import WanTransformer
+from reelforge.kernels import dispatch
+
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 2,
+}
+LATENTS = (2, 16, 3, 4, 6)
+
+
+@contextmanager
+def kernels(implementation: str) -> Iterator[None]:
+    """Every op that the model calls by ``implementation``; attention's gradient needs a library's."""
+    dispatch.load()
+    with ExitStack() as stack:
+        for op, names in dispatch.implementations().items():
+            if implementation in names and not (op == "attention" and torch.is_grad_enabled()):
+                stack.enter_context(dispatch.pinned(op, implementation))
+        yield
+
+
+@pytest.fixture
+def model() -> WanTransformer:
+    model = WanTransformer.from_config(CONFIG, seed=3, device=DEVICE)
+    model.proj_out.weight.data.copy_(randn(9, *model.proj_out.weight.shape) * 0.1)
+    return model
+
+
+def inputs(timesteps: tuple[int, ...] = (2,)) -> tuple[Tensor, Tensor, Tensor]:
+    return randn(0, *LATENTS), 500 + 200 * randn(1, *timesteps), randn(2, 2, 5, 16)
+
+
+@pytest.mark.parametrize("timesteps", [(2,), (2, 3)], ids=["one a sample", "one a frame"])
+@pytest.mark.parametrize("precision", ["fast", "reference"])
+def test_forward(model: WanTransformer, precision: str, timesteps: tuple[int, ...]) -> None:
+    model.precision = precision  # type: ignore[assignment]
+    with torch.no_grad():
+        expected = model(*inputs(timesteps))
+        with kernels("triton"):
+            torch.testing.assert_close(model(*inputs(timesteps)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients(model: WanTransformer) -> None:
+    upstream = randn(5, *LATENTS)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(*inputs(), layout=chunk_causal((1, 2))).backward(upstream)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with kernels("triton"):
+        fused = gradients()
+    assert fused.keys() == expected.keys()
+    for name, gradient in fused.items():
+        scale = expected[name].abs().max().clamp_min(1e-6)
+        assert ((gradient - expected[name]).abs().max() / scale).item() < 1e-4, name
+
+
+@torch.no_grad()
+def test_cached_chunks_write_the_cache_in_the_fused_kernel(model: WanTransformer) -> None:
+    def rollout() -> Tensor:
+        x, timestep, text = inputs()
+        context = model.text_context(text)
+        cache = model.new_cache(2, 1, 3, *LATENTS[-2:])
+        tokens = cache.scratch_tokens
+        outputs = []
+        for frame in range(3):
+            outputs.append(model(x[:, :, frame : frame + 1], timestep, context, chunk=cache.denoising(1, tokens)))
+            clean = cache.clean(1, tokens)
+            model(x[:, :, frame : frame + 1], torch.zeros_like(timestep), context, chunk=clean)
+            cache.commit(clean)
+        return torch.cat(outputs, dim=2)
+
+    expected = rollout()
+    with kernels("triton"):
+        torch.testing.assert_close(rollout(), expected, rtol=1e-4, atol=1e-5)
