@@ -1,13 +1,16 @@
 """Size bars and house rules that no linter knows, printed as a table; exits 1 when one is broken.
 
-Lines are physical lines. A function's length is from ``def`` to its last line, docstring excluded.
+A file's length is its physical lines. The whole is counted in lines of code: no blank lines, comments or docstrings,
+so that explaining a kernel costs nothing. A function's length is from ``def`` to its last line, docstring excluded.
 """
 
 import ast
+import io
 import re
 import statistics
 import subprocess
 import sys
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +54,25 @@ def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return total
 
 
+def code_lines(path: Path) -> int:
+    """Lines that hold a token other than a comment or a docstring."""
+    source = path.read_text()
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = (token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in silent)
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - docstring_lines(ast.parse(source)))
+
+
+def docstring_lines(tree: ast.Module) -> set[int]:
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if first is not None and ast.get_docstring(node) is not None:
+                lines.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return lines
+
+
 def offenders(pattern: str, allowed: Path | None = None) -> list[str]:
     found = re.compile(pattern, re.MULTILINE)
     names = [path.relative_to(ROOT) for path in sources(*FOLDERS) if found.search(path.read_text())]
@@ -60,12 +82,14 @@ def offenders(pattern: str, allowed: Path | None = None) -> list[str]:
 def size_bars() -> list[Bar]:
     lines = {path: len(path.read_text().splitlines()) for path in sources(*FOLDERS)}
     longest = max(lines, key=lambda path: lines[path])
-    total = sum(count for path, count in lines.items() if path.relative_to(ROOT).parts[0] != "bench")
+    total = sum(code_lines(path) for path in sources("engine", "kernels", "stages"))
+    physical = sum(lines[path] for path in sources("engine", "kernels", "stages"))
     means = {folder: _mean_length(folder) for folder in FOLDERS}
     bars = [
         Bar("longest file", f"{lines[longest]} ({longest.relative_to(ROOT)})", str(MAX_FILE_LINES),
             lines[longest] > MAX_FILE_LINES),
-        Bar("lines of engine + kernels + stages", str(total), str(MAX_TOTAL_LINES), total > MAX_TOTAL_LINES),
+        Bar("lines of code, engine + kernels + stages", f"{total} (physical {physical})", str(MAX_TOTAL_LINES),
+            total > MAX_TOTAL_LINES),
     ]  # fmt: skip
     for folder, mean in means.items():
         limit = MAX_KERNEL_FUNCTION_MEAN if folder == "kernels" else MAX_FUNCTION_MEAN
