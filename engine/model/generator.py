@@ -20,6 +20,7 @@ from reelforge.engine.flow.solver import SolverName
 from reelforge.engine.model import generation
 from reelforge.engine.model.folder import GenerationDefaults, ModelFolder
 from reelforge.engine.model.layout import chunk_pattern
+from reelforge.kernels.frames import to_uint8
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,7 @@ class Generator:
 
 def decode_uint8(codec: VideoCodec, latents: Tensor) -> np.ndarray:
     """Latents ``[B, C, T, H, W]`` to pixels ``[B, F, H, W, 3]`` uint8."""
-    pixels = codec.decode(latents.float()).clamp(-1, 1)
-    return ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
+    return to_uint8(codec.decode(latents.float()).contiguous()).cpu().numpy()
 
 
 def resolve(defaults: GenerationDefaults, overrides: Sequence[str]) -> GenerateConfig:

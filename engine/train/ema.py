@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-_CHUNK = 32  # tensors per foreach call: bounds the temporary difference
+from reelforge.kernels.ema_lerp import ema_lerp
 
 
 class Ema:
@@ -37,12 +37,7 @@ class Ema:
         decay = ((1 + self.updates) / (10 + self.updates)).clamp_max(self.decay)
         weight = ((1 - decay) * good).float()
         self.updates += good
-        live, shadow = list(self._live.values()), list(self.shadow.values())
-        for start in range(0, len(live), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            difference = torch._foreach_sub(live[part], shadow[part])
-            torch._foreach_mul_(difference, weight)
-            torch._foreach_add_(shadow[part], difference)
+        ema_lerp(list(self.shadow.values()), list(self._live.values()), weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

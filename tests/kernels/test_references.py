@@ -81,7 +81,18 @@ def test_attention(lengths: tuple[int, int]) -> None:
     np.testing.assert_allclose(explicit, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gelu() -> None:
-    x = np.linspace(-6, 6, 101)
-    expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    np.testing.assert_allclose(gelu(torch.from_numpy(x)), expected, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("biased", [False, True])
+def test_gelu(biased: bool) -> None:
+    x, bias = np.linspace(-6, 6, 101)[:, None], np.array([0.0, -1.5, 0.25]) if biased else np.zeros(1)
+    z = x + bias
+    expected = 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))
+    given = np.broadcast_to(x, z.shape).copy()
+    result = gelu(torch.from_numpy(given), torch.from_numpy(bias) if biased else None)
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_gelus_bias_is_added_in_fp32() -> None:
+    x, bias = draw(4, 32).bfloat16(), draw(32, seed=1).bfloat16()
+    exact = gelu(x.double(), bias.double())
+    once, twice = gelu(x, bias), gelu(x + bias)
+    assert torch.equal(once, exact.bfloat16()) and not torch.equal(once, twice)
