@@ -8,6 +8,9 @@
 // CUDA runtime the library was linked with, e.g. 13000 for 13.0.
 REELFORGE_EXPORT int reelforge_cuda_runtime_version() { return CUDART_VERSION; }
 
+// Hash of the sources in csrc/, which kernels/backends/sm90.py compares with the one it was written for.
+REELFORGE_EXPORT const char* reelforge_sources() { return REELFORGE_SOURCES; }
+
 // Devices of compute capability 9.0, the only one the kernels are compiled for; a negated cudaError_t on failure.
 REELFORGE_EXPORT int reelforge_hopper_device_count() {
   int total = 0;

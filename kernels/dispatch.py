@@ -15,13 +15,14 @@ import importlib
 import inspect
 import json
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -107,9 +108,29 @@ def register(op: str, name: str, unfit: Unfit, module: ModuleType | None = None)
 
 
 def source_hash(module: ModuleType) -> str:
-    """Hash of a module's code; comments, formatting and line numbers leave it as it is."""
+    """Hash of a kernel's code and of the kernel modules it imports; comments and line numbers leave it as it is."""
+    seen: dict[str, Any] = {}
+    _collect(module, seen)
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _collect(module: ModuleType, seen: dict[str, Any]) -> None:
     tree = ast.parse(inspect.getsource(module))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    seen[module.__name__] = _plain(tree)
+    for value in vars(module).values():
+        name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
+        imported = name.startswith("reelforge.kernels.") and name not in (__name__, KernelError.__module__)
+        if imported and name not in seen:
+            _collect(sys.modules[name], seen)
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists, the same from every Python: ``ast.dump`` differs between 3.11, 3.12 and 3.13."""
+    if isinstance(node, list):
+        return [_plain(child) for child in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    return [type(node).__name__, *([k, _plain(v)] for k, v in ast.iter_fields(node) if v not in (None, []))]
 
 
 def choose(op: str, query: Query) -> str:

@@ -1,25 +1,27 @@
-"""The fused sampler step, and the velocity-space terms of its policy ratio.
+"""The sampler's step, fused: guidance, update and noise in one pass, for one next state or for a whole group of them.
 
-    step    x' = a x + b v + std z             one formula for ODE, SDE and re-noising steps; a, b, std per sample
     guide   v  = v_u + w (v_c - v_u)           classifier-free guidance
-    terms   mean(e z), mean(e^2) per sample    e = v_theta - v_old; all that a ratio needs besides lambda
+    step    x' = a x + b v + std z             one formula for ODE, SDE and re-noising steps; a, b, std per sample
+    fork    x'_r = a x + b v + std z_r         every member r of a group leaves the same state under noise of its own
 
-Arithmetic is float32, or float64 where the state is; velocities may come in any floating dtype. A sample's result
-depends on that sample alone, bit for bit, so a batch may be split in any way.
+Arithmetic is float32, or float64 where the state is, every operation rounded by itself; velocities may come in any
+floating dtype. A member's state depends on its own state and key alone, bit for bit, and is the same from torch,
+Triton and CUDA C++: noise is regenerated from 8 bytes wherever it is needed (:mod:`reelforge.kernels.philox`).
 """
 
+import sys
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from reelforge.kernels import dispatch, philox
+from reelforge.kernels.backends import sm90
+from reelforge.kernels.errors import KernelError
 
-def _full(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _rows(coefficient: Tensor, x: Tensor) -> Tensor:
-    """``[B]`` to ``[B,1,...]``, in the dtype and on the device of ``x``."""
-    return coefficient.to(x).view(-1, *[1] * (x.ndim - 1))
+VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
@@ -40,27 +42,213 @@ def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, std: Tensor, noi
 
 def guide(v_uncond: Tensor, v_cond: Tensor, guidance_scale: float) -> Tensor:
     """``v_uncond + guidance_scale (v_cond - v_uncond)``, at least float32."""
-    return _full(v_uncond) + guidance_scale * (_full(v_cond) - _full(v_uncond))
+    wide = torch.promote_types(v_cond.dtype, torch.float32)
+    return v_uncond.to(wide) + guidance_scale * (v_cond.to(wide) - v_uncond.to(wide))
 
 
-def mean_product(p: Tensor, q: Tensor) -> Tensor:
-    """Mean of ``p q`` over all but the first dimension: float64 ``[B]``; a batch of 1 is shared by the other's rows.
-
-    Reduced sample by sample: a batched reduction orders its sum by the batch's size.
-    """
-    pairs = zip(*torch.broadcast_tensors(p, q), strict=True)
-    return torch.stack([(p_row * q_row).sum(dtype=torch.float64) for p_row, q_row in pairs]) / p[0].numel()
+def _rows(coefficient: Tensor, x: Tensor) -> Tensor:
+    """``[B]`` to ``[B,1,...]``, in the dtype and on the device of ``x``."""
+    return coefficient.to(x).view(-1, *[1] * (x.ndim - 1))
 
 
-def velocity_terms(velocity: Tensor, velocity_old: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """``mean(e z)`` and ``mean(e^2)`` with e = velocity - velocity_old; differentiable in ``velocity``.
+class Fork(NamedTuple):
+    """Next states ``[R,...]``, and the guided velocity ``[P,...]`` when it was asked for."""
+
+    x: Tensor
+    velocity: Tensor | None
+
+
+def fork(
+    x: Tensor,
+    velocity: Tensor,
+    a: Tensor,
+    b: Tensor,
+    std: Tensor,
+    keys: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    keep_velocity: bool = False,
+) -> Fork:
+    """One step of P states, each to the members of its group; a state and its velocity are read once.
+
+    Nothing here waits for the device: R is the number of keys, and group sizes are read by the kernel.
 
     Args:
-        velocity, velocity_old: ``[B,...]``, or ``[1,...]`` when the group's samples share their state.
-        noise: the step's z, ``[B,...]``.
+        x: states ``[P,...]``, float32 (float64 runs in torch).
+        velocity: ``[P,...]``, any floating dtype; the conditional one under guidance.
+        a, b, std: ``[P]``, each state's own step; std = 0 is the ODE.
+        keys: of the noise, int64 ``[R]``; None takes every state to the step's mean.
+        offsets: members ``offsets[p]`` up to ``offsets[p + 1]`` leave state p: int32 ``[P + 1]``, from 0 up to R,
+            groups of any sizes. None: one member a state.
+        v_uncond: like ``velocity``; guides it by ``guidance_scale``.
+        keep_velocity: return the guided velocity too, which training stores.
 
-    Returns:
-        float64 ``[B]`` and ``[B]`` (``[1]`` for a shared state). Equal velocities give exactly 0.
+    Raises:
+        KernelError: shapes, dtypes or devices that do not go together, or a layout the kernel does not take.
     """
-    e = _full(velocity) - _full(velocity_old)
-    return mean_product(e, noise.to(e.dtype)), mean_product(e, e)
+    _check_coefficients(x, a, b, std)
+    check_groups("sde_step", x, keys, offsets)
+    a, b, std = (coefficient.to(x.dtype).contiguous() for coefficient in (a, b, std))
+    operands = [tensor for tensor in (x, velocity, v_uncond) if tensor is not None]
+    implementation = dispatch.choose("sde_step", dispatch.Query.of(*operands))
+    if implementation == dispatch.REFERENCE:
+        v = velocity if v_uncond is None else guide(v_uncond, velocity, guidance_scale)
+        return Fork(reference(x, v, a, b, std, keys, offsets), v if keep_velocity else None)
+    keep = keep_velocity and v_uncond is not None
+    out, guided = _op(implementation, x, velocity, v_uncond, guidance_scale, a, b, std, keys, offsets, keep)
+    return Fork(out, (guided if keep else velocity) if keep_velocity else None)
+
+
+def reference(
+    x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, std: Tensor, keys: Tensor | None, offsets: Tensor | None
+) -> Tensor:
+    """:func:`sde_step` of every member, float32 or float64."""
+    if keys is None:
+        return sde_step(x, velocity, a, b, std, None)
+    noise = philox.reference(keys, x.shape[1:].numel()).view(len(keys), *x.shape[1:])
+    if offsets is None:
+        return sde_step(x, velocity, a, b, std, noise)
+    group = group_of(offsets, len(keys))
+    return sde_step(x[group], velocity[group], a[group], b[group], std[group], noise)
+
+
+def group_of(offsets: Tensor, members: int) -> Tensor:
+    """The group of each member, int64 ``[R]``, without waiting for the device."""
+    member = torch.arange(members, dtype=torch.int32, device=offsets.device)
+    return torch.searchsorted(offsets[1:], member, right=True)
+
+
+def check_groups(op: str, x: Tensor, keys: Tensor | None, offsets: Tensor | None) -> None:
+    """Keys and offsets that can number the members of ``x``'s groups, as far as their metadata tell.
+
+    Raises:
+        KernelError: they cannot.
+    """
+    if keys is None:
+        return
+    philox.check_keys(op, keys, x.shape[1:].numel())
+    if offsets is None and len(keys) != len(x):
+        raise KernelError(f"{op}: {len(keys)} keys for {len(x)} states.", "Groups of several members need offsets.")
+    shape = (len(x) + 1,)
+    if offsets is not None and not (
+        offsets.dtype == torch.int32 and offsets.shape == shape and offsets.is_contiguous()
+    ):
+        raise KernelError(f"{op}: offsets are {offsets.dtype} {tuple(offsets.shape)}.", f"They must be int32 {shape}.")
+    if any(tensor.device != x.device for tensor in (keys, offsets) if tensor is not None):
+        raise KernelError(f"{op}: keys or offsets are not on {x.device}.", "Upload them once, with all steps' keys.")
+
+
+def check_velocity(op: str, name: str, velocity: Tensor, like: Tensor) -> None:
+    """A contiguous velocity with the shape and device of ``like``.
+
+    Raises:
+        KernelError: it is anything else.
+    """
+    if velocity.shape != like.shape or velocity.device != like.device:
+        raise KernelError(
+            f"{op}: {name} is {tuple(velocity.shape)} on {velocity.device}.",
+            f"It must be {tuple(like.shape)} on {like.device}.",
+        )
+    if velocity.dtype not in VELOCITY_DTYPES:
+        raise KernelError(f"{op}: {name} is {velocity.dtype}.", f"Choose of {VELOCITY_DTYPES}, or pin torch.")
+    if not velocity.is_contiguous():
+        raise KernelError(f"{op}: {name} has strides {velocity.stride()}.", "The kernel takes contiguous tensors.")
+
+
+def _check_coefficients(x: Tensor, a: Tensor, b: Tensor, std: Tensor) -> None:
+    for name, coefficient in (("a", a), ("b", b), ("std", std)):
+        if coefficient.shape != (len(x),) or coefficient.device != x.device:
+            raise KernelError(
+                f"sde_step: {name} is {tuple(coefficient.shape)} on {coefficient.device}.",
+                f"It must be [{len(x)}] on {x.device}.",
+            )
+
+
+@triton.jit
+def members_of(offsets_ptr, group, members):
+    """First member of a group and the one past its last; never past the members there are."""
+    first = group
+    end = group + 1
+    if offsets_ptr is not None:
+        first = tl.maximum(tl.load(offsets_ptr + group), 0)
+        end = tl.minimum(tl.load(offsets_ptr + group + 1), members)
+    return first, end
+
+
+@triton.jit
+def _kernel(
+    x_ptr, velocity_ptr, uncond_ptr, a_ptr, b_ptr, std_ptr, keys_ptr, offsets_ptr, out_ptr, guided_ptr,
+    guidance_scale, count, members, BLOCK: tl.constexpr,
+):  # fmt: skip
+    tile, group = tl.program_id(0), tl.program_id(1)
+    element = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = element < count
+    at = group.to(tl.int64) * count + element
+    x = tl.load(x_ptr + at, inside, 0.0)
+    velocity = tl.load(velocity_ptr + at, inside, 0.0).to(tl.float32)
+    if uncond_ptr is not None:
+        uncond = tl.load(uncond_ptr + at, inside, 0.0).to(tl.float32)
+        velocity = uncond + guidance_scale * (velocity - uncond)
+        if guided_ptr is not None:
+            tl.store(guided_ptr + at, velocity, inside)
+    mean = tl.load(a_ptr + group) * x + tl.load(b_ptr + group) * velocity
+    if keys_ptr is None:
+        tl.store(out_ptr + at, mean, inside)
+    else:
+        std = tl.load(std_ptr + group)
+        first, end = members_of(offsets_ptr, group, members)
+        next_ptr = out_ptr + first.to(tl.int64) * count + element
+        for member in range(first, end):
+            next_x = mean
+            if std != 0.0:
+                next_x = mean + std * philox.normals(tl.load(keys_ptr + member), tile, BLOCK)
+            tl.store(next_ptr, next_x, inside)
+            next_ptr += count
+
+
+@torch.library.custom_op("reelforge::sde_fork", mutates_args=())
+def _op(
+    implementation: str, x: Tensor, velocity: Tensor, v_uncond: Tensor | None, guidance_scale: float,
+    a: Tensor, b: Tensor, std: Tensor, keys: Tensor | None, offsets: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Next states, and the guided velocity (empty unless kept)."""
+    if not x.is_contiguous():
+        raise KernelError(f"sde_step: x has strides {x.stride()}.", "The kernel takes contiguous tensors.")
+    check_velocity("sde_step", "velocity", velocity, x)
+    if v_uncond is not None:
+        check_velocity("sde_step", "v_uncond", v_uncond, x)
+    out, guided = _outputs(x, keys, keep)
+    tensors = (x, velocity, v_uncond, a, b, std, keys, offsets, out, guided if keep else None)
+    count, members = x.shape[1:].numel(), len(out)
+    if implementation == "cuda":
+        sm90.sde_fork(*tensors, guidance_scale, count, members)
+    else:
+        grid = (triton.cdiv(count, philox.BLOCK), len(x))
+        _kernel[grid](
+            *tensors, guidance_scale, count, members,
+            BLOCK=philox.BLOCK, num_warps=philox.WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out, guided
+
+
+def _outputs(x: Tensor, keys: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    members = len(x) if keys is None else len(keys)
+    return x.new_empty(members, *x.shape[1:]), torch.empty_like(x) if keep else x.new_empty(0)
+
+
+@_op.register_fake
+def _(
+    implementation: str, x: Tensor, velocity: Tensor, v_uncond: Tensor | None, guidance_scale: float,
+    a: Tensor, b: Tensor, std: Tensor, keys: Tensor | None, offsets: Tensor | None, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _outputs(x, keys, keep)
+
+
+def _unfit(query: dispatch.Query) -> str | None:
+    return "it records no gradient" if query.grad else dispatch.needs_triton(torch.float32)(query)
+
+
+dispatch.register("sde_step", "cuda", sm90.unfit, sm90)
+dispatch.register("sde_step", "triton", _unfit, sys.modules[__name__])

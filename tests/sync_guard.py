@@ -47,9 +47,9 @@ def _has_mask(indices: Any) -> bool:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Tensors made inside lie on a CUDA device that need not exist: shapes without storage, forward passes only."""
+    """Inside, tensors have shapes but no storage, and a CUDA device need not exist; forward passes only."""
     _allow_fake_cuda()
-    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         yield
 
 

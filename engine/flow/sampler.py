@@ -63,8 +63,9 @@ def sample_few_step(
         renoise: standard normal noise ``[B,C,T,H,W]`` after step k, for k in [0, N-1).
     """
 
+
     def advance(k: int, x: Tensor, v: Tensor) -> Tensor:
-        at = sde.coefficients(grid, [k], sde.RENOISE)
+        at = sde.step_table(grid, sde.RENOISE, x.dtype, x.device)[k : k + 1]
         return sde.step(x, v, at, renoise(k)) if k + 1 < grid.num_steps else sde.mean(x, v, at)
 
     return _integrate(velocity, noise, grid, advance, on_step)
@@ -108,15 +109,22 @@ def initial_noise(
     return rng.normal([rng.key("x_T", seed, iteration, *row) for row in rows], shape, device)
 
 
-def step_noise(
+def step_keys(
     seed: int,
     prompt_ids: Sequence[int],
     members: Sequence[int],
-    k: int,
-    shape: Sequence[int],
+    num_steps: int,
     iteration: int = 0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """What step k adds (an SDE step's z, a few-step sampler's fresh noise), named as :func:`initial_noise` is."""
-    rows = zip(prompt_ids, members, strict=True)
-    return rng.normal([rng.key("step", seed, iteration, *row, k) for row in rows], shape, device)
+    """What :func:`rng.normal` draws each step's noise from (an SDE step's z, a few-step sampler's fresh noise).
+
+    Args:
+        num_steps: k runs from 0; the other arguments name rows as those of :func:`initial_noise` do.
+
+    Returns:
+        int64 ``[num_steps, B]`` on ``device``: uploaded once, before the first step.
+    """
+    rows = list(zip(prompt_ids, members, strict=True))
+    keys = [[rng.key("step", seed, iteration, *row, k) for row in rows] for k in range(num_steps)]
+    return torch.tensor(keys, dtype=torch.int64, device=device).view(num_steps, len(rows))

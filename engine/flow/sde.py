@@ -11,14 +11,17 @@ A noise rate is a choice of s; s = 0 is the Euler step of the ODE. ``cps`` has c
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.flow.schedule import Grid
-from reelforge.kernels import sde_step as kernel
+from reelforge.kernels.group_loss import LogRatio, RatioForm, log_ratio
+from reelforge.kernels.sde_replay import mean_product, velocity_terms
+from reelforge.kernels.sde_step import sde_step
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,10 @@ class Coefficients:
         """Sensitivity |b| / std: a velocity change e moves the mean by -lambda std e. Infinite for the ODE."""
         return self.b.abs() / self.std
 
+    def __getitem__(self, samples: slice | Tensor) -> "Coefficients":
+        """Some of the samples'; a slice is a view."""
+        return Coefficients(*(value[samples] for value in (self.a, self.b, self.std, self.s)))
+
 
 def coefficients(grid: Grid, steps: Sequence[int], rate: NoiseRate) -> Coefficients:
     """The step's coefficients from the live schedule.
@@ -91,6 +98,13 @@ def coefficients(grid: Grid, steps: Sequence[int], rate: NoiseRate) -> Coefficie
     return Coefficients(1 - drift * delta, -delta * (1 + drift * (1 - sigma)), s * delta.sqrt(), s)
 
 
+@lru_cache(maxsize=16)
+def step_table(grid: Grid, rate: NoiseRate, dtype: torch.dtype, device: torch.device) -> Coefficients:
+    """The coefficients of all N steps, uploaded once: a step then takes a slice and copies nothing."""
+    every = coefficients(grid, range(grid.num_steps), rate)
+    return Coefficients(*(value.to(device, dtype) for value in (every.a, every.b, every.std, every.s)))
+
+
 def _rate(grid: Grid, sigma: Tensor, delta: Tensor, rate: NoiseRate) -> Tensor:
     if rate.kind == "dance":
         return torch.full_like(sigma, rate.eta)
@@ -108,12 +122,12 @@ def sde_lambda(grid: Grid, steps: Sequence[int], rate: NoiseRate) -> Tensor:
 
 def step(x: Tensor, velocity: Tensor, at: Coefficients, noise: Tensor) -> Tensor:
     """One stochastic step ``[B,...]`` with standard normal ``noise``."""
-    return kernel.sde_step(x, velocity, at.a, at.b, at.std, noise)
+    return sde_step(x, velocity, at.a, at.b, at.std, noise)
 
 
 def mean(x: Tensor, velocity: Tensor, at: Coefficients) -> Tensor:
     """The mean of :func:`step`; under :data:`ODE` the deterministic step itself."""
-    return kernel.sde_step(x, velocity, at.a, at.b, at.std, None)
+    return sde_step(x, velocity, at.a, at.b, at.std, None)
 
 
 def log_prob(x_next: Tensor, x_mean: Tensor, std: Tensor) -> Tensor:
@@ -129,14 +143,7 @@ def unscaled_log_prob(x_next: Tensor, x_mean: Tensor) -> Tensor:
     """Flow-CPS's -mean (x' - mu)^2, float64 ``[B]``: not a log-density. Its ratios and clip ranges differ from
     :func:`log_prob`'s by 1 / (2 std^2)."""
     residual = x_next - x_mean
-    return -kernel.mean_product(residual, residual)
-
-
-class LogRatio(NamedTuple):
-    """``value`` log ratio and ``kl`` per element of the step's two Gaussians, float64 ``[B]``."""
-
-    value: Tensor
-    kl: Tensor
+    return -mean_product(residual, residual)
 
 
 def velocity_log_ratio(
@@ -144,21 +151,14 @@ def velocity_log_ratio(
     velocity_old: Tensor,
     noise: Tensor,
     lambda_: Tensor,
-    form: Literal["exact", "debiased"] = "exact",
+    form: RatioForm = "exact",
 ) -> LogRatio:
     """log p_theta(x') - log p_old(x') of a step x' = mu_old + std z, without x' and without cancellation.
-
-    With e = velocity - velocity_old: value = -lambda mean(e z) - kl, kl = lambda^2 mean(e^2) / 2. The mean over
-    millions of elements leaves little of the first term, so the exact ratio falls below 1 wherever the policy
-    moved and clips on one side only; ``debiased`` leaves kl out (GRPO-Guard's correction).
 
     Args:
         velocity, velocity_old: ``[B,...]``, or ``[1,...]`` for a group that shares its state; equal ones give 0.
         noise: z, ``[B,...]``.
         lambda_: :attr:`Coefficients.lambda_`, ``[B]`` or ``[1]``.
+        form: see :func:`reelforge.kernels.group_loss.log_ratio`, where the formula is.
     """
-    slope, power = kernel.velocity_terms(velocity, velocity_old, noise)
-    lambda_ = lambda_.to(slope)
-    kl = lambda_**2 * power / 2
-    value = -lambda_ * slope
-    return LogRatio(value - kl if form == "exact" else value, kl)
+    return log_ratio(velocity_terms(velocity, velocity_old, noise), lambda_, form)

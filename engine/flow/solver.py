@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reelforge.engine.flow import sde
 from reelforge.engine.flow.schedule import Grid
+from reelforge.kernels.sde_step import fork
 
 SolverName = Literal["euler", "unipc"]
 _ALMOST_NOISE = 1 - 1e-6  # L(1) is infinite; diffusers' bound
@@ -37,9 +38,9 @@ class Euler:
         self._k = 0
 
     def step(self, x: Tensor, velocity: Tensor) -> Tensor:
-        at = sde.coefficients(self._grid, [self._k], sde.ODE)
+        at = sde.step_table(self._grid, sde.ODE, x.dtype, x.device)[self._k : self._k + 1]
         self._k += 1
-        return sde.mean(x, velocity, at)
+        return fork(x, velocity, *(value.expand(len(x)) for value in (at.a, at.b, at.std))).x
 
 
 class UniPC:

@@ -14,7 +14,7 @@ from reelforge.engine.core import rng
 from reelforge.engine.core.config import require_positive
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.types import VideoCodec, VideoSpec, pad_text
-from reelforge.engine.flow.sampler import OnStep, initial_noise, step_noise
+from reelforge.engine.flow.sampler import OnStep, initial_noise, step_keys
 from reelforge.engine.flow.schedule import FlowSchedule, Grid
 from reelforge.engine.flow.solver import SolverName
 from reelforge.engine.model import generation
@@ -119,7 +119,8 @@ class Generator:
             return generation.sample_chunks(model, guidance, noise, self.grid, self.pattern, renoise, on_step)
 
     def _renoise(self, ids: list[int], members: list[int], device: torch.device) -> Callable[[int], Tensor]:
-        return lambda k: step_noise(self.seed, ids, members, k, self.shape, device=device)
+        keys = step_keys(self.seed, ids, members, self.grid.num_steps, device=device)
+        return lambda k: rng.normal(keys[k], self.shape)
 
     def _guidance(self, prompts: list[str], device: torch.device) -> generation.Guidance:
         encoder = self.folder.text_encoder

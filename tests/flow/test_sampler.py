@@ -5,8 +5,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from reelforge.engine.core import rng
 from reelforge.engine.core.errors import Interrupted
-from reelforge.engine.flow.sampler import guided, initial_noise, sample_few_step, sample_ode, step_noise
+from reelforge.engine.flow.sampler import guided, initial_noise, sample_few_step, sample_ode, step_keys
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.flow.solver import SolverName
 
@@ -68,9 +69,10 @@ def test_few_step_renoises_the_prediction() -> None:
         told.append(timestep[0].item())
         return torch.sin(x) + timestep.view(-1, 1, 1, 1, 1) / 1000
 
+    keys = step_keys(3, [4, 5], [0, 0], 3)
+
     def fresh(k: int) -> Tensor:
-        assert k < 3
-        return step_noise(3, [4, 5], [0, 0], k, SHAPE)
+        return rng.normal(keys[k], SHAPE)
 
     ours = sample_few_step(student, noise, grid, fresh)
     assert told == pytest.approx([1000.0, 937.5, 833.3333, 625.0])
@@ -118,7 +120,7 @@ def test_noise_is_named_by_prompt_and_member_not_by_place() -> None:
     assert torch.equal(initial_noise(7, [11, 10], [0, 1], SHAPE), whole[[2, 1]])
     names = [(7, [10], [0], SHAPE), (8, [10], [0], SHAPE), (7, [0], [10], SHAPE), (7, [10], [0], SHAPE, 1)]
     draws = [initial_noise(*name) for name in names]
-    draws += [step_noise(7, [10], [0], k, SHAPE) for k in (0, 1)]
+    draws += [rng.normal(keys, SHAPE) for keys in step_keys(7, [10], [0], 2)]
     assert len({draw.sum().item() for draw in draws}) == len(draws)
     stacked = torch.stack(draws).flatten(1)
     correlation = torch.corrcoef(stacked) - torch.eye(len(draws))

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from reelforge.engine.core import rng
-from reelforge.kernels.sde_step import guide, mean_product, sde_step, velocity_terms
+from reelforge.kernels.sde_replay import mean_product, velocity_terms
+from reelforge.kernels.sde_step import guide, sde_step
 
 SHAPE = (5, 4, 3, 7, 9)
 

@@ -89,11 +89,9 @@ def test_masked_forward_equals_dense_attention_with_a_mask() -> None:
     original = net.blocks[0].attn1._attend
     try:
         for block in net.blocks:
-            block.attn1._attend = lambda q, k, v, _: [
-                torch.nn.functional.scaled_dot_product_attention(
-                    *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
-                ).transpose(1, 2)
-            ]
+            block.attn1._attend = lambda q, k, v, _: torch.nn.functional.scaled_dot_product_attention(
+                *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+            ).transpose(1, 2)
         expected = net(x, SIGMA_T, TEXT)
     finally:
         for block in net.blocks:

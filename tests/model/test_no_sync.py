@@ -1,11 +1,13 @@
 """The hot path never makes the host wait: one forward, one chunk step, one rollout, on fake CUDA tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 from sync_guard import HostSync, SyncGuard, fake_cuda
 
+from reelforge.engine.core import rng
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import generation
 from reelforge.engine.model.layout import chunk_causal, packed_teacher_forcing
@@ -24,38 +26,58 @@ SIZE = (8, 8)
 
 
 def model() -> WanTransformer:
-    return WanTransformer(WanConfig.from_dict(CONFIG))
+    with torch.device("cuda"):
+        return WanTransformer(WanConfig.from_dict(CONFIG))
 
 
-def guidance(scale: float) -> generation.Guidance:
-    return generation.Guidance(torch.randn(1, 6, 32), torch.randn(1, 6, 32), scale)
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda")
+
+
+def guidance(batch: int, scale: float) -> generation.Guidance:
+    return generation.Guidance(randn(batch, 6, 32), randn(batch, 6, 32), scale)
 
 
 @pytest.mark.parametrize("layout", [None, chunk_causal((2, 2)), packed_teacher_forcing((1, 1))])
 def test_a_forward(layout: object) -> None:
     with fake_cuda():
-        transformer, latents = model(), torch.randn(1, 16, 4 if layout is None else len(layout.frame_index), *SIZE)
-        timestep, text = torch.full((1,), 500.0), torch.randn(1, 6, 32)
+        transformer, latents = model(), randn(1, 16, 4 if layout is None else len(layout.frame_index), *SIZE)
+        timestep, text = randn(1), randn(1, 6, 32)
         with SyncGuard():
             transformer(latents, timestep, text, layout=layout)
 
 
+@contextmanager
+def guarded_after_first_step() -> Iterator[Callable[[int], None]]:
+    """An ``on_step`` that guards a sampling run from its second step on: the grid is uploaded in the first."""
+    with ExitStack() as stack:
+        guards: list[SyncGuard] = []
+
+        def on_step(_: int) -> None:
+            if not guards:
+                guards.append(stack.enter_context(SyncGuard()))
+
+        yield on_step
+        assert guards
+
+
 def test_chunk_steps_and_clean_passes() -> None:
-    with fake_cuda():
-        transformer, noise = model(), torch.randn(1, 16, 4, *SIZE)
-        grid = FlowSchedule("unipc_flow", 3.0).few_step((1000, 500))
-        fresh = torch.randn(1, 16, 4, *SIZE)
-        with SyncGuard():
-            generation.sample_chunks(transformer, guidance(3.0), noise, grid, (2, 2), lambda k: fresh)
+    grid = FlowSchedule("unipc_flow", 3.0).few_step((1000, 750, 500))
+    with fake_cuda(), guarded_after_first_step() as on_step:
+        transformer, noise, keys = model(), randn(1, 16, 6, *SIZE), torch.arange(3, device="cuda")[:, None]
+
+        def renoise(k: int) -> torch.Tensor:
+            return rng.normal(keys[k], noise.shape[1:])
+
+        generation.sample_chunks(transformer, guidance(1, 3.0), noise, grid, (2, 2, 2), renoise, on_step)
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
 def test_ode_sampling_with_guidance(solver: str) -> None:
-    with fake_cuda():
-        transformer, noise = model(), torch.randn(2, 16, 4, *SIZE)
-        grid = FlowSchedule("unipc_flow", 3.0).grid(3)
-        with SyncGuard():
-            generation.sample_latents(transformer, guidance(4.5), noise, grid, solver)
+    grid = FlowSchedule("unipc_flow", 3.0).grid(4)
+    with fake_cuda(), guarded_after_first_step() as on_step:
+        transformer, noise = model(), randn(2, 16, 4, *SIZE)
+        generation.sample_latents(transformer, guidance(2, 4.5), noise, grid, solver, on_step)
 
 
 FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
@@ -73,6 +95,6 @@ FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_synchronisation_is_caught(fault: str) -> None:
     with fake_cuda():
-        x = torch.randn(8)
+        x = randn(8)
         with SyncGuard(), pytest.raises(HostSync):
             FAULTS[fault](x)
