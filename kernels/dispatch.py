@@ -56,6 +56,10 @@ class Query(NamedTuple):
         return cls(tensors[0].device.type, tensors[0].dtype, head_dim, grad)
 
 
+# Ops whose main operand is fp32 in every run: states, noise, averages. Of the others :func:`explain` tells bf16.
+_FP32_OPS = ("ema_lerp", "philox", "sde_step")
+
+
 Unfit = Callable[[Query], str | None]  # why an implementation cannot serve a query; None when it can
 
 
@@ -76,12 +80,18 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs for a query, and why each better-ranked implementation does not."""
+    """What runs for a query, and why each better-ranked implementation does not.
+
+    Attributes:
+        passed_over: (implementation, reason).
+        fallback: a kernel of ours is among them; a library that is not installed was never expected.
+    """
 
     op: str
     query: Query
     name: str
-    passed_over: tuple[tuple[str, str], ...]
+    passed_over: tuple[tuple[str, str], ...] = ()
+    fallback: bool = False
 
     def __str__(self) -> str:
         reasons = "; ".join(f"not {name}: {reason}" for name, reason in self.passed_over)
@@ -134,15 +144,21 @@ def _plain(node: Any) -> Any:
 
 
 def choose(op: str, query: Query) -> str:
-    """Name of the implementation that serves ``query``.
+    """Name of the implementation that serves ``query``; compiled code keeps the one it was traced with.
 
     Raises:
-        KernelError: the pinned one does not fit, or under :func:`strict` a better-ranked one was passed over.
+        KernelError: the pinned one does not fit, or under :func:`strict` a kernel of ours was passed over.
     """
+    return _chosen(op, *query)
+
+
+@torch.compiler.assume_constant_result
+def _chosen(op: str, device: str, dtype: torch.dtype, head_dim: int, grad: bool) -> str:
+    query = Query(device, dtype, head_dim, grad)
     choice = _choices.get((op, query))
     if choice is None:
         choice = _choices[op, query] = _decide(op, query)
-    if _expected and choice.passed_over and op not in _pins:
+    if _expected and choice.fallback and op not in _pins:
         raise KernelError(f"{op} would fall back to {choice}.", "Pin an implementation to measure that one.")
     return choice.name
 
@@ -150,17 +166,19 @@ def choose(op: str, query: Query) -> str:
 def _decide(op: str, query: Query) -> Choice:
     names = [implementation.name for implementation in _registry[op]] + [REFERENCE]
     pinned = _pins.get(op)
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
+    fallback = False
     for implementation in _registry[op]:
         if pinned is not None and implementation.name != pinned:
             continue
         reason = implementation.unfit(query) or (_unproven(op, implementation, query) if pinned is None else None)
         if reason is None:
-            return Choice(op, query, implementation.name, tuple(passed_over))
+            return Choice(op, query, implementation.name, tuple(passed_over), fallback)
         if pinned is not None:
             raise KernelError(f"{op} is pinned to {pinned}, which does not fit: {reason}.", f"Choose of {names}.")
         passed_over.append((implementation.name, reason))
-    return Choice(op, query, REFERENCE, tuple(passed_over))
+        fallback |= bool(implementation.source)
+    return Choice(op, query, REFERENCE, tuple(passed_over), fallback)
 
 
 def pin(op: str, name: str | None) -> None:
@@ -213,9 +231,12 @@ def implementations() -> dict[str, list[str]]:
     return {op: [implementation.name for implementation in found] + [REFERENCE] for op, found in _registry.items()}
 
 
-def explain(query: Query) -> list[Choice]:
-    """What would serve ``query`` for every op, and why."""
-    return [_decide(op, query) for op in sorted(_registry)]
+def explain(device: str, head_dim: int = 128) -> list[Choice]:
+    """What would serve each op on ``device`` in the dtype it usually gets, and why."""
+    return [
+        _decide(op, Query(device, torch.float32 if op in _FP32_OPS else torch.bfloat16, head_dim))
+        for op in sorted(_registry)
+    ]
 
 
 # -- what implementations check -------------------------------------------------------------------------------------

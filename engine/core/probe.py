@@ -54,12 +54,12 @@ def _try_import(name: str, cost: str) -> Finding:
 
 
 def kernels() -> list[Finding]:
-    """What runs for each fused op in bf16 on this machine, and why not something better."""
+    """What runs for each fused op on this machine, and why not something better."""
     dispatch.load()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [
         Finding(choice.op, choice.name, "; ".join(f"not {name}: {reason}" for name, reason in choice.passed_over))
-        for choice in dispatch.explain(dispatch.Query(device, torch.bfloat16, head_dim=128))
+        for choice in dispatch.explain(device)
     ]
 
 

@@ -162,6 +162,9 @@ class WanTransformer(nn.Module):
         _, patch_h, patch_w = self.config.patch_size
         tokens = (height // patch_h) * (width // patch_w)
         weight = self.proj_out.weight
+        device = weight.device.type
+        # What attention computes in: a cache in another dtype would be cast, whole, at every call.
+        half = device != "meta" and torch.is_autocast_enabled(device)
         return KVCache(
             self.config.num_layers,
             batch,
@@ -169,7 +172,7 @@ class WanTransformer(nn.Module):
             max_frames * tokens,
             self.config.num_attention_heads,
             self.config.attention_head_dim,
-            weight.dtype,
+            torch.get_autocast_dtype(device) if half else weight.dtype,
             weight.device,
         )
 
