@@ -11,6 +11,7 @@ Backward, with n = LN(x), r = 1 / sqrt(var + eps) and u = dh * gain:
 """
 
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
-from reelforge.kernels.tiling import check_tokens, row_strides, row_tile
+from reelforge.kernels.errors import KernelError
+from reelforge.kernels.tiling import (
+    STAGES,
+    check_tokens,
+    load_row,
+    plan,
+    row_strides,
+    store_row,
+    sum_row,
+    sum_terms,
+    sum_to_batch,
+    wide_row,
+    zero_row,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_STEPS, _BACKWARD_STEPS = 2, 8  # tiles a program walks
 
 
 def norm_modulate(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -59,102 +72,126 @@ def per_frame(x: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
     return torch.addcmul(spread, x.unflatten(1, (rows, -1)), gain[:, :, None]).flatten(1, 2)
 
 
-@triton.jit
-def layer_norm_rows(x, inside, E, eps):
-    """Normed rows and 1 / std of a ``[ROWS, BLOCK]`` tile whose columns outside the row are 0."""
-    mean = tl.sum(x, axis=1) / E
-    centred = tl.where(inside, x - mean[:, None], 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / E + eps)
-    return centred * scale[:, None], scale
+def norm_strides(op: str, gain: Tensor, shift: Tensor, like: Tensor) -> tuple[int, int, int, int]:
+    """Batch and row strides of gain and of shift.
+
+    Raises:
+        KernelError: they do not spread evenly over the tokens of ``like``, or differ in their rows.
+    """
+    strides = *row_strides(op, "gain", gain, like), *row_strides(op, "shift", shift, like)
+    if gain.shape[1] != shift.shape[1]:
+        raise KernelError(f"{op}: gain has {gain.shape[1]} rows, shift {shift.shape[1]}.", "Give both the same.")
+    return strides
 
 
 @triton.jit
-def layer_norm_rows_backward(du, normed, scale, E):
-    """Gradient at the rows' input from the gradient ``du`` at the normed rows."""
-    mean_u = tl.sum(du, axis=1) / E
-    mean_un = tl.sum(du * normed, axis=1) / E
-    return (du - mean_u[:, None] - normed * mean_un[:, None]) * scale[:, None]
+def layer_norm_row(x, eps, E: tl.constexpr, W: tl.constexpr):
+    """The normed row and 1 / std of a row that is 0 beyond its E columns."""
+    mean = sum_row(x) / E
+    centred = ()
+    squares = tl.zeros((W,), tl.float32)
+    for i in tl.static_range(len(x)):
+        difference = x[i] - mean
+        if (i + 1) * W > E:
+            difference = tl.where(tl.arange(0, W) < E - i * W, difference, 0.0)
+        squares += difference * difference
+        centred = centred + (difference,)
+    scale = 1.0 / tl.sqrt(tl.sum(squares) / E + eps)
+    normed = ()
+    for i in tl.static_range(len(x)):
+        normed = normed + (centred[i] * scale,)
+    return normed, scale
 
 
 @triton.jit
+def modulate_row(normed, gain, shift):
+    """``normed * gain + shift``."""
+    out = ()
+    for i in tl.static_range(len(normed)):
+        out = out + (normed[i] * gain[i] + shift[i],)
+    return out
+
+
+@triton.jit
+def norm_modulate_row_backward(x, gain, dh, dgain, dshift, eps, E: tl.constexpr, W: tl.constexpr):
+    """Gradient at a row of the norm's input, and the sums ``dgain`` and ``dshift`` with the row's part added."""
+    normed, scale = layer_norm_row(x, eps, E, W)
+    new_dgain, new_dshift, u, un = (), (), (), ()
+    for i in tl.static_range(len(x)):
+        new_dgain = new_dgain + (dgain[i] + dh[i] * normed[i],)
+        new_dshift = new_dshift + (dshift[i] + dh[i],)
+        u = u + (dh[i] * gain[i],)
+        un = un + (u[i] * normed[i],)
+    mean_u, mean_un = sum_row(u) / E, sum_row(un) / E
+    dx = ()
+    for i in tl.static_range(len(x)):
+        dx = dx + ((u[i] - mean_u - normed[i] * mean_un) * scale,)
+    return dx, new_dgain, new_dshift
+
+
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _forward_kernel(
-    x_ptr, gain_ptr, shift_ptr, out_ptr, eps, E, tokens, gain_batch, gain_row, shift_batch, shift_row,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    x_ptr, gain_ptr, shift_ptr, out_ptr, eps, tokens, steps, gain_batch, gain_row, shift_batch, shift_row,
+    E: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    part, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column = tl.arange(0, BLOCK)
-    inside = (column < E)[None, :]
-    gain = tl.load(gain_ptr + batch * gain_batch + frame * gain_row + column, column < E, 0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + batch * shift_batch + frame * shift_row + column, column < E, 0.0).to(tl.float32)
-    base = (batch * tl.num_programs(1) + frame).to(tl.int64) * tokens * E
-    for step in range(STEPS):
-        token = (part * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = base + token[:, None] * E + column[None, :]
-        mask = (token < tokens)[:, None] & inside
-        x = tl.load(x_ptr + at, mask, 0.0).to(tl.float32)
-        normed, _ = layer_norm_rows(x, inside, E, eps)
-        h = normed * gain[None, :] + shift[None, :]
-        tl.store(out_ptr + at, h.to(out_ptr.dtype.element_ty), mask)
+    row, part, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    gain = wide_row(load_row(gain_ptr + batch * gain_batch + row * gain_row, E, W))
+    shift = wide_row(load_row(shift_ptr + batch * shift_batch + row * shift_row, E, W))
+    start = (batch * tl.num_programs(0) + row) * tokens
+    for token in tl.range(part * steps, tl.minimum((part + 1) * steps, tokens), num_stages=STAGES):
+        at = (start + token) * E
+        normed, _ = layer_norm_row(wide_row(load_row(x_ptr + at, E, W)), eps, E, W)
+        store_row(out_ptr + at, modulate_row(normed, gain, shift), E, W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _backward_kernel(
-    x_ptr, gain_ptr, dh_ptr, dx_ptr, dgain_ptr, dshift_ptr, eps, E, tokens, gain_batch, gain_row,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    x_ptr, gain_ptr, dh_ptr, dx_ptr, sums_ptr, plane, eps, tokens, steps, gain_batch, gain_row,
+    E: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    part, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    column = tl.arange(0, BLOCK)
-    inside = (column < E)[None, :]
-    gain = tl.load(gain_ptr + batch * gain_batch + frame * gain_row + column, column < E, 0.0).to(tl.float32)
-    row = (batch * tl.num_programs(1) + frame).to(tl.int64)
-    dgain = tl.zeros((ROWS, BLOCK), tl.float32)
-    dshift = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in range(STEPS):
-        token = (part * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at = row * tokens * E + token[:, None] * E + column[None, :]
-        mask = (token < tokens)[:, None] & inside
-        normed, scale = layer_norm_rows(tl.load(x_ptr + at, mask, 0.0).to(tl.float32), inside, E, eps)
-        dh = tl.load(dh_ptr + at, mask, 0.0).to(tl.float32)
-        dx = layer_norm_rows_backward(dh * gain[None, :], normed, scale, E)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask)
-        dgain += dh * normed
-        dshift += dh
-    partial = (row * tl.num_programs(0) + part) * E + column
-    tl.store(dgain_ptr + partial, tl.sum(dgain, axis=0), column < E)
-    tl.store(dshift_ptr + partial, tl.sum(dshift, axis=0), column < E)
+    row, part, batch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    gain = wide_row(load_row(gain_ptr + batch * gain_batch + row * gain_row, E, W))
+    index = batch * tl.num_programs(0) + row
+    start = index * tokens
+    dgain, dshift = zero_row(E, W), zero_row(E, W)
+    for token in tl.range(part * steps, tl.minimum((part + 1) * steps, tokens), num_stages=STAGES):
+        at = (start + token) * E
+        x = wide_row(load_row(x_ptr + at, E, W))
+        dh = wide_row(load_row(dh_ptr + at, E, W))
+        dx, dgain, dshift = norm_modulate_row_backward(x, gain, dh, dgain, dshift, eps, E, W)
+        store_row(dx_ptr + at, dx, E, W)
+    at = sums_ptr + (index * tl.num_programs(1) + part) * E
+    store_row(at, dgain, E, W)
+    store_row(at + plane, dshift, E, W)
 
 
 @torch.library.custom_op("reelforge::norm_modulate", mutates_args=())
 def _op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
     check_tokens("norm_modulate", "x", x, x)
-    gain_batch, gain_row, tokens = row_strides("norm_modulate", "gain", gain, x)
-    shift_batch, shift_row, _ = row_strides("norm_modulate", "shift", shift, x)
-    batch, _, width = x.shape
-    tile = row_tile("norm_modulate", width)
+    strides = norm_strides("norm_modulate", gain, shift, x)
+    batch, rows = x.shape[0], gain.shape[1]
+    walk = plan("norm_modulate", x, rows)
     out = torch.empty_like(x)
-    grid = (triton.cdiv(tokens, tile.rows * _STEPS), gain.shape[1], batch)
-    _forward_kernel[grid](
-        x, gain, shift, out, eps, width, tokens, gain_batch, gain_row, shift_batch, shift_row,
-        ROWS=tile.rows, BLOCK=tile.block, STEPS=_STEPS, num_warps=tile.warps,
+    _forward_kernel[rows, walk.parts, batch](
+        x, gain, shift, out, eps, walk.tokens, walk.steps, *strides,
+        E=x.shape[2], W=walk.chunk, num_warps=walk.warps,
     )  # fmt: skip
     return out
 
 
 @torch.library.custom_op("reelforge::norm_modulate_backward", mutates_args=())
-def _backward_op(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and the sums dgain and dshift ``[B, M, E]`` in fp32."""
+def _backward_op(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """dx, and the sums dgain and dshift as fp32 ``[2, B, M, E]``."""
     check_tokens("norm_modulate", "its gradient", dh, x)
-    gain_batch, gain_row, tokens = row_strides("norm_modulate", "gain", gain, x)
-    batch, _, width = x.shape
-    tile = row_tile("norm_modulate", width)
-    parts = triton.cdiv(tokens, tile.rows * _BACKWARD_STEPS)
+    batch, rows, width = x.shape[0], gain.shape[1], x.shape[2]
+    walk = plan("norm_modulate", x, rows, backward=True)
     dx = torch.empty_like(x)
-    dgain, dshift = x.new_empty(2, batch, gain.shape[1], parts, width, dtype=torch.float32)
-    _backward_kernel[(parts, gain.shape[1], batch)](
-        x, gain, dh, dx, dgain, dshift, eps, width, tokens, gain_batch, gain_row,
-        ROWS=tile.rows, BLOCK=tile.block, STEPS=_BACKWARD_STEPS, num_warps=tile.warps,
+    sums = x.new_empty(2, batch, rows, walk.parts, width, dtype=torch.float32)
+    _backward_kernel[rows, walk.parts, batch](
+        x, gain, dh, dx, sums, sums.stride(0), eps, walk.tokens, walk.steps,
+        *row_strides("norm_modulate", "gain", gain, x), E=width, W=walk.chunk, num_warps=walk.warps,
     )  # fmt: skip
-    return dx, dgain.sum(2), dshift.sum(2)
+    return dx, sum_terms(sums)
 
 
 @_op.register_fake
@@ -163,26 +200,20 @@ def _(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
 
 
 @_backward_op.register_fake
-def _(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.new_empty(x.shape[0], *gain.shape[1:], dtype=torch.float32)
-    return torch.empty_like(x), rows, torch.empty_like(rows)
+def _(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2, x.shape[0], *gain.shape[1:], dtype=torch.float32)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, gain, shift, ctx.eps = inputs
     ctx.save_for_backward(x, gain)
     ctx.shift_like = (shift.shape[0], shift.dtype)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dh: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
     x, gain = ctx.saved_tensors
-    dx, dgain, dshift = _backward_op(x, gain, dh.contiguous(), ctx.eps)
-    return dx, sum_to(dgain, gain.shape[0], gain.dtype), sum_to(dshift, *ctx.shift_like), None
-
-
-def sum_to(rows: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """Sum ``[B, M, E]`` over the batch where the operand had one row for all samples."""
-    return (rows if rows.shape[0] == batch else rows.sum(0, keepdim=True)).to(dtype)
+    dx, (dgain, dshift) = _backward_op(x, gain, dh.contiguous(), ctx.eps)
+    return dx, sum_to_batch(dgain, gain.shape[0], gain.dtype), sum_to_batch(dshift, *ctx.shift_like), None
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -21,7 +21,9 @@ from reelforge.engine.model.wan_config import WanConfig
 from reelforge.kernels.attention import attention
 from reelforge.kernels.gated_residual_norm import gated_residual_norm
 from reelforge.kernels.gelu import gelu
-from reelforge.kernels.qk_norm_rope import qk_norm_rope, rms_norm
+from reelforge.kernels.qk_norm_rope import qk_norm_rope
+from reelforge.kernels.qk_norm_rope_into import qk_norm_rope_into
+from reelforge.kernels.rms_norm import rms_norm
 
 Precision = Literal["reference", "fast"]
 Norm = tuple[Tensor, Tensor]  # gain and shift of a LayerNorm, each [B or 1, M, E]
@@ -70,19 +72,16 @@ class SelfAttention(Attention):
 
     def forward(self, h: Tensor, sequence: TokenSequence, layer: int, precision: Precision) -> Tensor:
         """``[B, L, E]`` to ``[B, L, E]``."""
-        q, k = qk_norm_rope(
-            self.to_q(h),
-            self.to_k(h),
-            self.norm_q.weight,
-            self.norm_k.weight,
-            sequence.rotation,
-            self.num_heads,
-            self.eps,
-            round_norm=precision == "reference",
-        )
-        v = self.to_v(h).unflatten(-1, (self.num_heads, -1))
-        if sequence.chunk is not None:
-            return self.output(attention(q, *sequence.chunk.update(layer, k, v)))
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        norms = (self.norm_q.weight, self.norm_k.weight, sequence.rotation, self.num_heads, self.eps)
+        rounding, chunk = precision == "reference", sequence.chunk
+        if chunk is not None and not torch.is_grad_enabled():
+            q = qk_norm_rope_into(q, k, v, *norms, *chunk.own(layer), round_norm=rounding)
+            return self.output(attention(q, *chunk.visible(layer)))
+        q, k = qk_norm_rope(q, k, *norms, round_norm=rounding)
+        v = v.unflatten(-1, (self.num_heads, -1))
+        if chunk is not None:
+            return self.output(attention(q, *chunk.update(layer, k, v)))
         return self.output(self._attend(q, k, v, sequence))
 
     @staticmethod

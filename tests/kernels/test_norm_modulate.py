@@ -4,12 +4,12 @@ import parity
 import pytest
 import torch
 
-from reelforge.kernels import dispatch, norm_modulate
+from reelforge.kernels import dispatch, norm_modulate, tiling
 from reelforge.kernels.errors import KernelError
 
 EPS = 1e-6
-# batch, tokens, width, rows of gain: odd and single tokens, one past a tile, Wan's widths
-SHAPES = [(1, 1, 96, 1), (2, 21, 96, 3), (1, 33, 1536, 1), (2, 6, 3072, 2), (1, 3, 5120, 1)]
+# batch, tokens, width, rows of gain: one token, odd counts, one past a program's 2 or 8 tokens, a chunk cut off, Wan's
+SHAPES = [(1, 1, 96, 1), (2, 21, 96, 3), (1, 9, 300, 1), (1, 9, 1536, 1), (1, 3, 3072, 1), (1, 2, 5120, 1)]
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -47,32 +47,44 @@ def test_gradients_of_shared_rows_sum_over_the_batch() -> None:
 
 
 def test_a_row_of_zeros_is_the_shift() -> None:
-    shift = parity.randn(0, 1, 1, 96)
+    x, shift = torch.zeros(1, 2, 96, device=parity.DEVICE, requires_grad=True), parity.randn(0, 1, 1, 96)
     with parity.triton("norm_modulate"):
-        h = norm_modulate.norm_modulate(torch.zeros(1, 2, 96, device=parity.DEVICE), 1 + shift, shift, EPS)
-    assert torch.equal(h, shift.expand(1, 2, 96))
+        h = norm_modulate.norm_modulate(x, 1 + shift, shift, EPS)
+        h.sum().backward()
+    assert torch.equal(h, shift.expand(1, 2, 96)) and torch.isfinite(x.grad).all()
 
 
 def test_a_sample_does_not_depend_on_the_batch() -> None:
-    x, rows = parity.randn(0, 3, 37, 96), parity.randn(1, 1, 1, 96)
+    x, gain, shift, upstream = (
+        parity.randn(seed, 3, *shape) for seed, shape in enumerate([(11, 96), (1, 96), (1, 96), (11, 96)])
+    )
+
+    def step(samples: slice) -> list[torch.Tensor]:
+        leaves = [tensor[samples].clone().requires_grad_() for tensor in (x, gain, shift)]
+        h = norm_modulate.norm_modulate(*leaves, EPS)
+        return [h, *torch.autograd.grad(h, leaves, upstream[samples])]
+
     with parity.triton("norm_modulate"):
-        whole = norm_modulate.norm_modulate(x, rows, rows, EPS)
-        alone = norm_modulate.norm_modulate(x[1:2].contiguous(), rows, rows, EPS)
-    assert torch.equal(whole[1:2], alone)
+        whole, alone = step(slice(0, 3)), step(slice(1, 2))
+    assert all(torch.equal(all_samples[1:2], one) for all_samples, one in zip(whole, alone, strict=True))
 
 
 def test_custom_ops_are_registered_right() -> None:
     x, rows = parity.randn(0, 2, 6, 96), parity.randn(1, 2, 3, 96)
     with dispatch.pinned("norm_modulate", "triton"):
         torch.library.opcheck(norm_modulate._op, (x.requires_grad_(), rows, rows, EPS))
+        torch.library.opcheck(norm_modulate._backward_op, (x.detach(), rows, x.detach(), EPS))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda x, rows: (x.transpose(1, 2), rows), "strides"),
+        (lambda x, rows: (x[0], rows), r"must be \[B, L, E\]"),
         (lambda x, rows: (x, rows[..., :48]), r"must be \[2 or 1, M, 96\]"),
+        (lambda x, rows: (x, rows.expand(1, 96, 96).transpose(1, 2)), "columns must lie side by side"),
         (lambda x, rows: (x[:, :5].contiguous(), rows.expand(2, 3, 96)), "divisor of 5"),
+        (lambda x, rows: (x.new_zeros(1, 2, tiling.MAX_WIDTH + 1),) * 2, "rows of 6145 columns"),
         (lambda x, rows: (x.double(), rows), "float64 is not one of"),
     ],
 )
@@ -80,3 +92,9 @@ def test_what_the_kernel_does_not_take_is_named(change: object, message: str) ->
     x, rows = change(torch.zeros(2, 96, 96), torch.zeros(1, 1, 96))  # type: ignore[operator]
     with parity.triton("norm_modulate"), pytest.raises(KernelError, match=message):
         norm_modulate.norm_modulate(x, rows, rows, EPS)
+
+
+def test_gain_and_shift_need_the_same_rows() -> None:
+    x, rows = torch.zeros(2, 6, 96), torch.zeros(1, 1, 96)
+    with parity.triton("norm_modulate"), pytest.raises(KernelError, match="gain has 3 rows, shift 1"):
+        norm_modulate.norm_modulate(x, rows.expand(1, 3, 96), rows, EPS)

@@ -10,7 +10,9 @@ from reelforge.kernels.attention import attention, explicit_attention
 from reelforge.kernels.gated_residual_norm import gated_residual_norm
 from reelforge.kernels.gelu import gelu
 from reelforge.kernels.norm_modulate import norm_modulate
-from reelforge.kernels.qk_norm_rope import qk_norm_rope, rms_norm
+from reelforge.kernels.qk_norm_rope import qk_norm_rope
+from reelforge.kernels.qk_norm_rope_into import qk_norm_rope_into
+from reelforge.kernels.rms_norm import rms_norm
 
 EPS = 1e-6
 
@@ -69,6 +71,19 @@ def test_qk_norm_rope_rotates_interleaved_pairs() -> None:
             turn = np.stack([[np.cos(theta), -np.sin(theta)], [np.sin(theta), np.cos(theta)]]).transpose(2, 0, 1)
             expected = np.einsum("lij,blnj->blni", turn, normed[..., pair, :])
             np.testing.assert_allclose(out[..., 2 * pair : 2 * pair + 2], expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("round_norm", [False, True])
+def test_qk_norm_rope_into_stores_what_qk_norm_rope_returns(round_norm: bool) -> None:
+    q, k, v = (draw(2, 3, 8, seed=seed).bfloat16() for seed in range(3))
+    angle, weights = draw(3, 2, seed=3).float(), (draw(8, seed=4).float(), draw(8, seed=5).float())
+    operands = (*weights, (angle.cos(), angle.sin()), 2, EPS)
+    keys, values = torch.zeros(2, 2, 5, 2, 4, dtype=torch.bfloat16)
+    out = qk_norm_rope_into(q, k, v, *operands, keys[:, 1:4], values[:, 1:4], round_norm=round_norm)
+    expected = qk_norm_rope(q, k, *operands, round_norm=round_norm)
+    assert torch.equal(out, expected[0]) and torch.equal(keys[:, 1:4], expected[1])
+    assert torch.equal(values[:, 1:4].flatten(2), v)
+    assert not keys[:, [0, 4]].any() and not values[:, [0, 4]].any()
 
 
 @pytest.mark.parametrize("lengths", [(1, 1), (5, 7), (130, 140)])
