@@ -1,13 +1,15 @@
-# make demo · make test · make lint · make bench: each does its own set-up in .venv.
+# make demo · make test · make lint · make gate · make bench: each does its own set-up in .venv.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
+# The Triton that the GPU machines have: the gate compiles with it beside the installed one.
+GPU_TRITON := $(VENV)/triton-3.6.0
 JOBS   ?= 2
 
-.PHONY: demo test lint bench venv clean
+.PHONY: demo test lint gate bench venv clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -32,6 +34,13 @@ lint: venv
 	$(BIN)/mypy
 	PYTHONPATH=.links $(BIN)/lint-imports --no-logo
 	$(BIN)/python .ci/house.py
+
+$(GPU_TRITON): | $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps --target $@ triton==3.6.0
+
+# Registers, spills and instructions of every kernel for sm_90a against bench/records/gate; needs no GPU.
+gate: venv $(GPU_TRITON)
+	$(BIN)/reelforge bench gate
 
 bench: venv
 	$(BIN)/python -m pytest bench -q --benchmark-sort=name --benchmark-columns=min,median,rounds
