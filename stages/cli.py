@@ -9,6 +9,7 @@ from pathlib import Path
 
 from reelforge.engine.core.errors import Interrupted, ReelforgeError
 from reelforge.engine.core.settings import settings
+from reelforge.stages import bench
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -61,6 +62,7 @@ VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
     "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
     "generate": ("prompts to mp4 files", "generate", _generate),
+    "bench": ("rates on a GPU, gates without one, records and their comparison", "bench", bench.add_arguments),
     "doctor": ("what this machine has, which kernels run and why", "doctor", lambda parser: None),
 }
 
@@ -77,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit status: 0 done, 2 bad input, 3 training failed, 130 interrupted."""
+    """Run a verb. Exit status: 0 done, 2 bad input, 3 training failed, 10 to 13 ``bench compare``, 130 interrupted."""
     arguments = parser().parse_args(argv)
     # SIGTERM ends a verb as Ctrl-C does; training and sampling turn both into an orderly stop.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,0 +1,122 @@
+"""``reelforge bench``: rates on a GPU, gates without one, and what is done with records. Imports nothing heavy."""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from reelforge.stages.console import emit
+
+_Run = Callable[[argparse.Namespace], int]
+_Verb = Callable[[str, str, _Run], argparse.ArgumentParser]  # name, summary and what it runs
+
+_EXIT_CODES = """\
+exit codes:
+   0  PASS                no gate is broken
+  10  CALIBRATION_NEEDED  fewer than three baselines of this machine and recipe
+  11  RECIPE_MISMATCH     baselines exist, but of another workload, software or way of measuring
+  12  INFRA_ERROR         a record is unreadable, invalid, throttled or missing
+  13  REGRESSION          worse than the limit, or than the baselines' median by a share and by an amount
+The gravest of all cases counts, REGRESSION being the gravest."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verbs under ``bench``."""
+    verbs = parser.add_subparsers(dest="bench_verb", required=True, metavar="VERB")
+
+    def verb(name: str, summary: str, run: _Run) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(bench_run=run)
+        return made
+
+    _add_measuring(verb)
+    _add_judging(verb)
+
+
+def _add_measuring(verb: _Verb) -> None:
+    kernels = verb("kernels", "accuracy and rates of every fused op against its peers, on a GPU", _lazily("runner"))
+    kernels.add_argument("--op", action="append", default=[], metavar="NAME", help="only this op; repeatable")
+    kernels.add_argument("--filter", metavar="TEXT", help="only cases with this in their name")
+    block = verb("block", "one transformer block: eager, compiled and ours, on a GPU", _lazily("block"))
+    for parser in (kernels, block):
+        parser.add_argument("--out", type=Path, help="append the records to this JSONL file")
+    h200 = verb("h200", "everything a fresh GPU machine should be asked, in sections of minutes", _lazily("h200"))
+    h200.add_argument("--out", type=Path, default=Path("h200"), metavar="DIR", help="folder (default: %(default)s)")
+    h200.add_argument("--section", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    h200.add_argument("--resume", action="store_true", help="go on after the last finished case of the folder")
+    h200.add_argument("--quick", action="store_true", help="few rounds and sizes; shows that it runs, not how fast")
+    gate = verb("gate", "compile every kernel for sm_90a and compare the machine code; needs no GPU", _lazily("gate"))
+    gate.add_argument("--update", action="store_true", help="store what was compiled as the new expectation")
+    gate.add_argument(
+        "--triton", type=Path, action="append", metavar="PATH",
+        help="folder with another Triton to compile with; repeatable (default: the GPU machines')",
+    )  # fmt: skip
+    gate.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_judging(verb: _Verb) -> None:
+    compare = verb("compare", "new records against baselines of the same machine and recipe", _compare)
+    compare.epilog = _EXIT_CODES
+    compare.add_argument("base", type=Path, metavar="BASE.jsonl", help="earlier records; may be an empty file")
+    compare.add_argument("new", type=Path, metavar="NEW.jsonl", help="records to judge")
+    compare.add_argument("--limits", type=Path, help="absolute limits by GPU and case (default: bench/limits.json)")
+    compare.add_argument("--renew", action="store_true", help="append the judged records to BASE.jsonl")
+    compare.add_argument("--json", action="store_true", help="machine-readable")
+    report = verb("report", "records as Markdown tables and a roofline picture", _report)
+    report.add_argument("records", type=Path, nargs="*", help="JSONL files")
+    report.add_argument("--out", type=Path, metavar="FILE.md", help="write here, the picture beside it; else print")
+    report.add_argument("--png", action="store_true", help="the picture as PNG instead of SVG")
+    report.add_argument("--readme", type=Path, metavar="README.md", help="renew the table between its bench comments")
+    promote = verb("promote", "mark kernels proven whose every accuracy case passed on a GPU", _promote)
+    promote.add_argument("records", type=Path, nargs="+", help="JSONL files")
+    promote.add_argument("--check", action="store_true", help="only say what would change")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    return arguments.bench_run(arguments)
+
+
+def _lazily(module: str) -> _Run:
+    def run(arguments: argparse.Namespace) -> int:
+        return importlib.import_module(f"reelforge.bench.{module}").main(arguments)
+
+    return run
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from reelforge.bench import compare
+
+    limits = arguments.limits or compare.LIMITS
+    comparison = compare.compare_files(arguments.base, arguments.new, limits, arguments.renew)
+    emit(comparison.json() if arguments.json else comparison.table())
+    return int(comparison.status)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from reelforge.bench import readme, record_files, report
+
+    entries = [entry for path in arguments.records for entry in record_files.read(path)]
+    if arguments.readme is not None:
+        readme.update(entries, arguments.readme)
+    if arguments.out is not None:
+        report.write(entries, arguments.out, ".png" if arguments.png else ".svg")
+    if arguments.readme is None and arguments.out is None:
+        emit(report.render(entries).rstrip())
+    return 0
+
+
+def _promote(arguments: argparse.Namespace) -> int:
+    from reelforge.bench import promote, record_files
+
+    entries = [entry for path in arguments.records for entry in record_files.read(path)]
+    outcomes = promote.promote([entry.record for entry in entries if entry.record], check=arguments.check)
+    for outcome in outcomes:
+        emit(str(outcome))
+    if not outcomes:
+        emit("There is no record of a kernel of ours.")
+    return 0
