@@ -12,6 +12,7 @@ Nothing overflows and 1 + tanh does not cancel. Arithmetic is fp32; the result i
 
 import math
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,11 +169,11 @@ def _(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(0 if bias is None else len(bias), dtype=torch.float32)
 
 
-def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     x, bias = ctx.saved_tensors
     dx, dbias = _backward_op(x, bias, dy.contiguous())
     return dx, None if bias is None else dbias.to(bias.dtype)
