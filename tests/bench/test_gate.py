@@ -215,7 +215,7 @@ def test_a_scalar_store_beside_wide_loads_is_caught_and_an_unaligned_case_is_not
 
 def test_tensor_core_products_that_wait_for_each_other_are_caught() -> None:
     waiting, enough = (GOOD.but(counts={"HGMMA": 24, "WARPGROUP": waits}) for waits in (25, 24))
-    needs = {case: "HGMMA" for case in GOOD.cases}
+    needs = dict.fromkeys(GOOD.cases, "HGMMA")
     assert "waits 25 times for 24 tensor-core products" in _texts(Report("triton-0", [waiting], needs))
     assert _texts(Report("triton-0", [enough], needs)) == ""
 

@@ -72,9 +72,11 @@ def test_parameters_that_train_may_be_averaged_in(implementation: str) -> None:
 
 def test_the_reference_does_not_wait_for_a_device() -> None:
     with fake_cuda():
-        shadows, lives = [torch.randn(3, 5)], [torch.randn(3, 5, dtype=torch.bfloat16)]
+        shadows = [torch.randn(3, 5, device="cuda")]
+        lives = [torch.randn(3, 5, dtype=torch.bfloat16, device="cuda")]
+        weight = torch.full((), 0.5, device="cuda")
         with SyncGuard():
-            ema_lerp.reference(shadows, lives, torch.full((), 0.5))
+            ema_lerp.reference(shadows, lives, weight)
 
 
 def test_a_mismatch_is_found_before_anything_changes() -> None:
