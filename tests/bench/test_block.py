@@ -1,0 +1,99 @@
+"""The plain block computes what ours does, with and without a cache; gaps are what kernels leave of a replay."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from reelforge.bench import block, cost, gaps
+from reelforge.bench.arms import EAGER, Arm
+from reelforge.bench.block import Setting
+from reelforge.bench.cases.case import Shape
+from reelforge.bench.records import OURS
+from reelforge.kernels import dispatch
+
+CPU = torch.device("cpu")
+LATENT = (16, 4, 6)
+
+
+def setting(frames: int, cached: int | None) -> Setting:
+    return Setting(Shape("tiny", 256, 2, 320, 6 * frames), frames, cached, LATENT)
+
+
+SETTINGS = [setting(3, 6), setting(5, None), setting(3, 0)]
+
+
+@pytest.mark.parametrize("made", SETTINGS, ids=lambda made: made.label)
+def test_plain_block_is_ours(made: Setting) -> None:
+    ours, (x, h) = block.build(made, CPU, torch.float32)
+    arms = {arm.name: arm for arm in block.arms(made, ours, CPU)}
+    exact = run(Arm("exact", "exact", ours.double(), pins=block.pins("torch", "torch")), x.double(), h.double())
+    for name in (EAGER, OURS):
+        error = (run(arms[name], x, h).double() - exact).norm() / exact.norm()
+        assert error < 1e-6, f"{name} is off by {error}"
+    assert (exact - x.double()).norm() > 0.1 * exact.norm(), "the block does something"
+
+
+def run(arm: Arm, x: Tensor, h: Tensor) -> Tensor:
+    with arm.active(False):
+        return arm.op(x, h)
+
+
+def test_labels_and_visible_tokens() -> None:
+    assert [(made.label, made.kv_tokens) for made in SETTINGS] == [
+        ("tiny 18 x 54 cached", 54), ("tiny 30 x 30", 30), ("tiny 18 x 18", 18),
+    ]  # fmt: skip
+    full = {made.label for made in block.settings()}
+    assert {"1.3B 4680 x 32760 cached", "1.3B 32760 x 32760", "14B 4680 x 4680"} <= full
+
+
+def test_a_cached_block_reads_the_whole_cache() -> None:
+    ours, _ = block.build(setting(3, 6), CPU, torch.float32)
+    chunk = ours.sequence.chunk
+    assert chunk is not None and chunk.read[1] - chunk.read[0] == 54
+    assert chunk.cache.keys[0, :, slice(*chunk.read)].std() > 0.5, "its past is random, not zero"
+
+
+def test_fused_pins_name_every_op_and_leave_attention_to_the_library() -> None:
+    dispatch.load()
+    chosen = dict(block.pins("triton", "cudnn"))
+    assert chosen["attention"] == "cudnn" and chosen["norm_modulate"] == "triton"
+    assert set(chosen) == set(dispatch.implementations())
+
+
+def test_the_work_of_a_block_is_its_ops() -> None:
+    large = next(made for made in block.settings() if made.label == "1.3B 32760 x 32760")
+    work = block.case(large).work
+    assert work.flops == pytest.approx(9.428e12, rel=1e-3)
+    assert cost.floor(work, cost.H200).bound == "tensor cores"
+
+
+def test_predictions_are_printed_beside_the_times() -> None:
+    large = next(made for made in block.settings() if made.label == "1.3B 32760 x 32760")
+    assert "compiled, cuDNN 16.2 ms" in block.predictions(large)
+
+
+def test_gaps_of_a_replay() -> None:
+    events = [("void at::native::copy_kernel<float>(float*)", 10.0), ("norm_kernel", 30.0), ("norm_kernel", 30.0)] * 3
+    found = gaps.summarise(events, replay_s=80e-6, replays=3)
+    assert [(kernel.name, kernel.launches, kernel.us) for kernel in found.kernels] == [
+        ("norm_kernel", 2, 60.0), ("copy_kernel", 1, 10.0),
+    ]  # fmt: skip
+    assert found.gap == pytest.approx(0.125) and found.launches == 3
+    assert "12.5 % of a replay" in found.markdown(
+        "a block"
+    ) and "| `norm_kernel` | 2 | 60.0 | 75.0 % |" in found.markdown("b")
+
+
+def test_a_replayed_op_is_captured_once_for_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    captures = []
+
+    class Graph:
+        def __init__(self, call: object) -> None:
+            captures.append(call)
+            self.replay = call
+
+    monkeypatch.setattr(block.samplers, "capture", Graph)
+    op = block.Replayed(lambda x: x + 1)
+    x, y = torch.zeros(2), torch.ones(2)
+    assert torch.equal(op(x), y) and torch.equal(op(x), y) and len(captures) == 1
+    assert torch.equal(op(y), y + 1) and len(captures) == 2
