@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +110,7 @@ def _forward_kernel(
     tl.store(lse_ptr + query, (maximum + tl.log2(total)) * 0.6931471805599453, start + query < queries)
 
 
-@torch.library.custom_op("reelforge::attention_forward", mutates_args=())
+@kernel_op("attention_forward")
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention's output ``[B, Lq, N, D]`` and log-sum-exp ``[B, N, Lq]`` in fp32, which merges of split keys need."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):

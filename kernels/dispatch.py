@@ -128,6 +128,7 @@ def _collect(module: ModuleType, seen: dict[str, Any]) -> None:
     tree = ast.parse(inspect.getsource(module))
     seen[module.__name__] = _plain(tree)
     for value in vars(module).values():
+        value = getattr(value, "fn", value)  # a Triton kernel's function: an interpreted one hides its module
         name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or ""
         imported = name.startswith("reelforge.kernels.") and name not in (__name__, KernelError.__module__)
         if imported and name not in seen:

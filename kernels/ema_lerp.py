@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 
 LIVE_DTYPES = (torch.float32, torch.bfloat16)
@@ -30,8 +31,19 @@ def ema_lerp(shadows: Sequence[Tensor], lives: Sequence[Tensor], weight: Tensor)
         weight: scalar tensor on their device, fp32.
 
     Raises:
-        KernelError: a pinned implementation does not fit, or a layout it does not take.
+        KernelError: lists or shapes that do not go together, a pinned implementation that does not fit, or a layout
+            it does not take.
     """
+    if len(shadows) != len(lives):
+        raise KernelError(f"ema_lerp got {len(shadows)} shadows and {len(lives)} lives.", "Pair them.")
+    for shadow, live in zip(shadows, lives, strict=True):
+        if live.shape != shadow.shape or live.device != shadow.device:
+            raise KernelError(
+                f"ema_lerp: live is {tuple(live.shape)} on {live.device}.",
+                f"It must be {tuple(shadow.shape)} on {shadow.device}.",
+            )
+    if not shadows:
+        return
     if dispatch.choose("ema_lerp", dispatch.Query.of(shadows[0])) == dispatch.REFERENCE:
         reference(shadows, lives, weight)
     else:
@@ -65,7 +77,7 @@ def _kernel(shadow_ptr, live_ptr, weight_ptr, count, BLOCK: tl.constexpr):
     tl.store(shadow_ptr + start + at, shadow + weight * (live - shadow), inside & (weight != 0))
 
 
-@torch.library.custom_op("reelforge::ema_lerp", mutates_args={"shadows"})
+@kernel_op("ema_lerp", mutates=("shadows",))
 def _op(shadows: Sequence[Tensor], lives: Sequence[Tensor], weight: Tensor) -> None:
     """A launch for each tensor: of the 1.3B model's 825, the 304 largest hold 99.9 % of the bytes.
 
@@ -88,11 +100,6 @@ def _check(shadow: Tensor, live: Tensor) -> None:
         raise KernelError(
             f"ema_lerp: shadow is {shadow.dtype} and live is {live.dtype}.",
             f"They must be torch.float32 and one of {', '.join(map(str, LIVE_DTYPES))}.",
-        )
-    if live.shape != shadow.shape or live.device != shadow.device:
-        raise KernelError(
-            f"ema_lerp: live is {tuple(live.shape)} on {live.device}.",
-            f"It must be {tuple(shadow.shape)} on {shadow.device}.",
         )
     if not (shadow.is_contiguous() and live.is_contiguous()):
         strides = f"strides {shadow.stride()} and live {live.stride()}"

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -189,7 +190,7 @@ def _strides(pixels: Tensor) -> tuple[int, int, int]:
     return pixels.stride(0), pixels.stride(1), pixels.stride(2)
 
 
-@torch.library.custom_op("reelforge::frames_uint8", mutates_args=())
+@kernel_op("frames_uint8")
 def _uint8_op(pixels: Tensor) -> Tensor:
     batch, colours, frames, height, width = pixels.shape
     out = pixels.new_empty(batch, frames, height, width, colours, dtype=torch.uint8)
@@ -201,7 +202,7 @@ def _uint8_op(pixels: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("reelforge::frames_nv12", mutates_args=())
+@kernel_op("frames_nv12")
 def _nv12_op(pixels: Tensor) -> Tensor:
     batch, _, frames, height, width = pixels.shape
     out = pixels.new_empty(batch, frames, height // 2 * 3, width, dtype=torch.uint8)

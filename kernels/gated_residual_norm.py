@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.norm_modulate import (
     DTYPES,
     layer_norm_row,
@@ -170,7 +171,7 @@ def _rows(gate: Tensor | None, gain: Tensor) -> tuple[int, int, int]:
     return rows, rows // gate_rows, rows // norm_rows
 
 
-@torch.library.custom_op("reelforge::gated_residual_norm", mutates_args=())
+@kernel_op("gated_residual_norm")
 def _op(
     x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, shift: Tensor, eps: float, round_residual: bool
 ) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ def _op(
     return residual, out
 
 
-@torch.library.custom_op("reelforge::gated_residual_norm_backward", mutates_args=())
+@kernel_op("gated_residual_norm_backward")
 def _backward_op(
     x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, dresidual: Tensor, dh: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

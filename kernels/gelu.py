@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,8 +44,10 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         the shape and dtype of ``x``.
 
     Raises:
-        KernelError: a pinned implementation does not fit, or a layout it does not take.
+        KernelError: a bias of another size, a pinned implementation that does not fit, or a layout it does not take.
     """
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise KernelError(f"gelu: bias is {tuple(bias.shape)}.", f"It must be {tuple(x.shape[-1:])}.")
     query = dispatch.Query.of(x) if bias is None else dispatch.Query.of(x, bias)
     if dispatch.choose("gelu", query) == dispatch.REFERENCE:
         return reference(x, bias)
@@ -135,7 +138,7 @@ def _rows(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
     return x.numel() // max(1, len(bias)), len(bias)
 
 
-@torch.library.custom_op("reelforge::gelu", mutates_args=())
+@kernel_op("gelu")
 def _op(x: Tensor, bias: Tensor | None) -> Tensor:
     rows, columns = _rows(x, bias)
     height, width = _FLAT if bias is None else _WITH_BIAS
@@ -145,7 +148,7 @@ def _op(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("reelforge::gelu_backward", mutates_args=())
+@kernel_op("gelu_backward")
 def _backward_op(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
     """dx, and dbias in fp32, which is empty without a bias."""
     rows, columns = _rows(x, bias)

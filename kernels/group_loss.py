@@ -82,7 +82,7 @@ def group_loss(
         offsets: of the rollout's groups, int32 ``[P + 1]``; None where each has one member.
         lambda_: sensitivity of each group's step, ``[P]``.
         advantages: A, ``[R]``.
-        weights: w, ``[R]``: 1 / G, rectification, validity; 0 leaves a member out.
+        weights: w, ``[R]``: 1 / G, rectification, validity; 0 leaves a member out, whatever its advantage is.
         clip: how far a ratio may fall below and rise above 1.
         form: of the ratio, see :func:`log_ratio`.
 
@@ -96,8 +96,10 @@ def group_loss(
     terms = replay(velocity, velocity_old, keys, offsets)
     if offsets is not None:
         lambda_ = lambda_[group_of(offsets, len(keys))]
-    log = log_ratio(terms, lambda_, form)
-    advantages, weights = advantages.to(log.value), weights.to(log.value)
+    # Zero times an infinite ratio, an infinite lambda or a missing reward's NaN is NaN: what is left out is 0 before.
+    left_out = weights == 0
+    log = log_ratio(terms, lambda_.masked_fill(left_out, 0), form)
+    advantages, weights = advantages.to(log.value).masked_fill(left_out, 0), weights.to(log.value)
     ratio = log.value.exp()
     free, held = ratio * advantages, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages
     loss = -(weights * free.minimum(held)).sum()

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 from reelforge.kernels.tiling import (
     STAGES,
@@ -165,7 +166,7 @@ def _backward_kernel(
     store_row(at + plane, dshift, E, W)
 
 
-@torch.library.custom_op("reelforge::norm_modulate", mutates_args=())
+@kernel_op("norm_modulate")
 def _op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
     check_tokens("norm_modulate", "x", x, x)
     strides = norm_strides("norm_modulate", gain, shift, x)
@@ -179,7 +180,7 @@ def _op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
     return out
 
 
-@torch.library.custom_op("reelforge::norm_modulate_backward", mutates_args=())
+@kernel_op("norm_modulate_backward")
 def _backward_op(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """dx, and the sums dgain and dshift as fp32 ``[2, B, M, E]``."""
     check_tokens("norm_modulate", "its gradient", dh, x)

@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 
 MAX_COUNT = 2**30
+MAX_DRAWS = 65535  # rows of a launch: CUDA's limit of the grid's second axis
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
 _MASK32 = 0xFFFFFFFF
@@ -65,13 +67,15 @@ def normal(keys: Tensor, count: int) -> Tensor:
 
 
 def check_keys(op: str, keys: Tensor, count: int) -> None:
-    """Keys int64 ``[R]``, contiguous, for draws of at most :data:`MAX_COUNT` elements.
+    """At most :data:`MAX_DRAWS` keys, int64 ``[R]``, contiguous, for draws of at most :data:`MAX_COUNT` elements.
 
     Raises:
         KernelError: they are anything else.
     """
     if keys.dtype != torch.int64 or keys.ndim != 1 or not keys.is_contiguous():
         raise KernelError(f"{op}: keys are {keys.dtype} {tuple(keys.shape)}.", "They must be contiguous int64 [R].")
+    if len(keys) > MAX_DRAWS:
+        raise KernelError(f"{op} got {len(keys)} keys.", f"A launch takes at most {MAX_DRAWS}.")
     if count > MAX_COUNT:
         raise KernelError(f"{op}: a draw has {count} elements.", f"A counter numbers at most {MAX_COUNT}.")
 
@@ -199,7 +203,7 @@ def _kernel(keys_ptr, out_ptr, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + row.to(tl.int64) * count + element, values, element < count)
 
 
-@torch.library.custom_op("reelforge::philox_normal", mutates_args=())
+@kernel_op("philox_normal")
 def _op(keys: Tensor, count: int) -> Tensor:
     out = keys.new_empty(len(keys), count, dtype=torch.float32)
     grid = (triton.cdiv(count, BLOCK), len(keys))

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 from reelforge.kernels.rms_norm import DTYPES, check_weight, reference_wide
 from reelforge.kernels.rms_rows import norm_tokens, norm_tokens_backward
@@ -146,7 +147,7 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-@torch.library.custom_op("reelforge::qk_norm_rope", mutates_args=())
+@kernel_op("qk_norm_rope")
 def _op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     num_heads: int, eps: float, round_norm: bool,
@@ -167,7 +168,7 @@ def _op(
     return q_out, k_out
 
 
-@torch.library.custom_op("reelforge::qk_norm_rope_backward", mutates_args=())
+@kernel_op("qk_norm_rope_backward")
 def _backward_op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     dq_out: Tensor, dk_out: Tensor, num_heads: int, eps: float,

@@ -6,12 +6,12 @@ Cached decoding is inference, so there is no gradient.
 
 import sys
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 from reelforge.kernels.qk_norm_rope import check_rotation, norm_rope_wide
 from reelforge.kernels.rms_norm import DTYPES, check_weight
@@ -110,7 +110,7 @@ def _triton(
     return out.unflatten(-1, (num_heads, -1))
 
 
-@torch.library.custom_op("reelforge::qk_norm_rope_into", mutates_args=("key_slot", "value_slot"))
+@kernel_op("qk_norm_rope_into", mutates=("key_slot", "value_slot"))
 def _op(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     num_heads: int, eps: float, key_slot: Tensor, value_slot: Tensor, round_norm: bool,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 from reelforge.kernels.rms_rows import norm_tokens, norm_tokens_backward
 from reelforge.kernels.tiling import check_tokens, plan, sum_terms, token_strides
@@ -88,7 +89,7 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-@torch.library.custom_op("reelforge::rms_norm", mutates_args=())
+@kernel_op("rms_norm")
 def _op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     strides = token_strides("rms_norm", "x", x, x)
     check_weight("rms_norm", "weight", weight, x)
@@ -100,7 +101,7 @@ def _op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@torch.library.custom_op("reelforge::rms_norm_backward", mutates_args=())
+@kernel_op("rms_norm_backward")
 def _backward_op(x: Tensor, weight: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """dx, and dweight in fp32."""
     check_tokens("rms_norm", "its gradient", dout, x)

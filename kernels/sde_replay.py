@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels import dispatch, philox
-from reelforge.kernels.sde_step import VELOCITY_DTYPES, check_groups, check_velocity, group_of, members_of
+from reelforge.kernels.custom_op import kernel_op
+from reelforge.kernels.sde_step import VELOCITY_DTYPES, check_groups, check_like, check_velocity, group_of, members_of
 
 
 class Terms(NamedTuple):
@@ -75,6 +76,7 @@ def replay(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor
         KernelError: operands that do not go together, or a layout the kernel does not take.
     """
     check_groups("sde_replay", velocity, keys, offsets)
+    check_like("sde_replay", "velocity_old", velocity_old, velocity)
     if dispatch.choose("sde_replay", dispatch.Query.of(velocity)) == dispatch.REFERENCE:
         return reference(velocity, velocity_old, keys, offsets)
     return Terms(*_op(velocity, velocity_old.detach(), keys, offsets).unbind())
@@ -135,7 +137,7 @@ def _backward_kernel(
     tl.store(dvelocity_ptr + at, gradient.to(dvelocity_ptr.dtype.element_ty), inside)
 
 
-@torch.library.custom_op("reelforge::sde_replay", mutates_args=())
+@kernel_op("sde_replay")
 def _op(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | None) -> Tensor:
     """Slopes and powers, ``[2, R]``."""
     _check(velocity, velocity_old)
@@ -152,7 +154,7 @@ def _op(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | 
     return means
 
 
-@torch.library.custom_op("reelforge::sde_replay_backward", mutates_args=())
+@kernel_op("sde_replay_backward")
 def _backward_op(
     velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | None, dmeans: Tensor
 ) -> Tensor:
@@ -167,8 +169,8 @@ def _backward_op(
 
 
 def _check(velocity: Tensor, velocity_old: Tensor) -> None:
-    check_velocity("sde_replay", "velocity", velocity, velocity)
-    check_velocity("sde_replay", "velocity_old", velocity_old, velocity)
+    check_velocity("sde_replay", "velocity", velocity)
+    check_velocity("sde_replay", "velocity_old", velocity_old)
 
 
 @_op.register_fake

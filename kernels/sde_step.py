@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reelforge.kernels import dispatch, philox
 from reelforge.kernels.backends import sm90
+from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
 
 VELOCITY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +37,7 @@ def sde_step(x: Tensor, velocity: Tensor, a: Tensor, b: Tensor, std: Tensor, noi
     Returns:
         the next state, in the dtype of ``x``.
     """
+    _check_state(x)
     mean = _rows(a, x) * x + _rows(b, x) * velocity.to(x.dtype)
     return mean if noise is None else mean + _rows(std, x) * noise.to(x.dtype)
 
@@ -77,19 +79,23 @@ def fork(
 
     Args:
         x: states ``[P,...]``, float32 (float64 runs in torch).
-        velocity: ``[P,...]``, any floating dtype; the conditional one under guidance.
+        velocity: ``[P,...]``, float32 or 16 bit (float64 runs in torch); the conditional one under guidance.
         a, b, std: ``[P]``, each state's own step; std = 0 is the ODE.
         keys: of the noise, int64 ``[R]``; None takes every state to the step's mean.
         offsets: members ``offsets[p]`` up to ``offsets[p + 1]`` leave state p: int32 ``[P + 1]``, from 0 up to R,
-            groups of any sizes. None: one member a state.
+            groups of any sizes. None: one member a state. Rows that no group covers stay unwritten.
         v_uncond: like ``velocity``; guides it by ``guidance_scale``.
         keep_velocity: return the guided velocity too, which training stores.
 
     Raises:
         KernelError: shapes, dtypes or devices that do not go together, or a layout the kernel does not take.
     """
+    _check_state(x)
     _check_coefficients(x, a, b, std)
     check_groups("sde_step", x, keys, offsets)
+    check_like("sde_step", "velocity", velocity, x)
+    if v_uncond is not None:
+        check_like("sde_step", "v_uncond", v_uncond, x)
     a, b, std = (coefficient.to(x.dtype).contiguous() for coefficient in (a, b, std))
     operands = [tensor for tensor in (x, velocity, v_uncond) if tensor is not None]
     implementation = dispatch.choose("sde_step", dispatch.Query.of(*operands))
@@ -126,6 +132,10 @@ def check_groups(op: str, x: Tensor, keys: Tensor | None, offsets: Tensor | None
     Raises:
         KernelError: they cannot.
     """
+    if max(len(x), 0 if keys is None else len(keys)) > philox.MAX_DRAWS:
+        raise KernelError(f"{op} got {len(x)} states or more.", f"A launch takes at most {philox.MAX_DRAWS}.")
+    if x.shape[1:].numel() > philox.MAX_COUNT:
+        raise KernelError(f"{op}: a state is {tuple(x.shape[1:])}.", f"A counter numbers {philox.MAX_COUNT} elements.")
     if keys is None:
         return
     philox.check_keys(op, keys, x.shape[1:].numel())
@@ -140,21 +150,34 @@ def check_groups(op: str, x: Tensor, keys: Tensor | None, offsets: Tensor | None
         raise KernelError(f"{op}: keys or offsets are not on {x.device}.", "Upload them once, with all steps' keys.")
 
 
-def check_velocity(op: str, name: str, velocity: Tensor, like: Tensor) -> None:
-    """A contiguous velocity with the shape and device of ``like``.
+def check_like(op: str, name: str, operand: Tensor, like: Tensor) -> None:
+    """An operand with the shape and device of another; torch would broadcast it.
 
     Raises:
         KernelError: it is anything else.
     """
-    if velocity.shape != like.shape or velocity.device != like.device:
+    if operand.shape != like.shape or operand.device != like.device:
         raise KernelError(
-            f"{op}: {name} is {tuple(velocity.shape)} on {velocity.device}.",
+            f"{op}: {name} is {tuple(operand.shape)} on {operand.device}.",
             f"It must be {tuple(like.shape)} on {like.device}.",
         )
+
+
+def check_velocity(op: str, name: str, velocity: Tensor) -> None:
+    """A velocity that the kernels read.
+
+    Raises:
+        KernelError: its dtype or layout is another.
+    """
     if velocity.dtype not in VELOCITY_DTYPES:
         raise KernelError(f"{op}: {name} is {velocity.dtype}.", f"Choose of {VELOCITY_DTYPES}, or pin torch.")
     if not velocity.is_contiguous():
         raise KernelError(f"{op}: {name} has strides {velocity.stride()}.", "The kernel takes contiguous tensors.")
+
+
+def _check_state(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise KernelError(f"sde_step: the state is {x.dtype}.", "Keep it in float32 or float64.")
 
 
 def _check_coefficients(x: Tensor, a: Tensor, b: Tensor, std: Tensor) -> None:
@@ -208,7 +231,7 @@ def _kernel(
             next_ptr += count
 
 
-@torch.library.custom_op("reelforge::sde_fork", mutates_args=())
+@kernel_op("sde_fork")
 def _op(
     implementation: str, x: Tensor, velocity: Tensor, v_uncond: Tensor | None, guidance_scale: float,
     a: Tensor, b: Tensor, std: Tensor, keys: Tensor | None, offsets: Tensor | None, keep: bool,
@@ -216,9 +239,9 @@ def _op(
     """Next states, and the guided velocity (empty unless kept)."""
     if not x.is_contiguous():
         raise KernelError(f"sde_step: x has strides {x.stride()}.", "The kernel takes contiguous tensors.")
-    check_velocity("sde_step", "velocity", velocity, x)
+    check_velocity("sde_step", "velocity", velocity)
     if v_uncond is not None:
-        check_velocity("sde_step", "v_uncond", v_uncond, x)
+        check_velocity("sde_step", "v_uncond", v_uncond)
     out, guided = _outputs(x, keys, keep)
     tensors = (x, velocity, v_uncond, a, b, std, keys, offsets, out, guided if keep else None)
     count, members = x.shape[1:].numel(), len(out)

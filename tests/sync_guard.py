@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+_MASKED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 _WAITING = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.item.default,
@@ -31,8 +33,10 @@ class SyncGuard(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
-        if operator in _WAITING or (operator is torch.ops.aten.index.Tensor and _has_mask(args[1])):
+        # Scalars of the host go into a kernel's arguments; only a copy of one is a transfer.
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before = {tensor.device.type for tensor in tensors if tensor.ndim or operator in _COPIES}
+        if operator in _WAITING or (operator in _MASKED and _has_mask(args[1])):
             raise HostSync(f"{operator} waits for the device")
         result = operator(*args, **kwargs)
         after = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}

@@ -4,16 +4,14 @@ A package that is installed is not yet one that works (transformer-engine instal
 build), so nothing here trusts ``find_spec``.
 """
 
-import ctypes
 import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-import reelforge.kernels
 from reelforge.kernels import dispatch
+from reelforge.kernels.backends import sm90
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,12 @@ def pin_kernels(pins: Iterable[tuple[str, str]]) -> None:
 
 
 def cuda_library() -> Finding:
-    """Load the library that CMake built from csrc/, if it did."""
-    paths = [path for root in reelforge.kernels.__path__ for path in Path(root).glob("lib/libreelforge_sm90a.so")]
-    if not paths:
-        return Finding("CUDA library (sm_90a)", "not built", "install with nvcc 12.3 or newer on PATH to build it")
-    library = ctypes.CDLL(str(paths[0]))
-    runtime = library.reelforge_cuda_runtime_version()
-    devices = library.reelforge_hopper_device_count()
+    """The library that CMake built from csrc/, if it did and it loads."""
+    found = sm90.library()
+    if isinstance(found, str):
+        return Finding("CUDA library (sm_90a)", "not usable", found)
+    runtime = found.reelforge_cuda_runtime_version()
+    devices = found.reelforge_hopper_device_count()
     state = f"built with CUDA {runtime // 1000}.{runtime % 1000 // 10}"
     if devices < 0:
         return Finding("CUDA library (sm_90a)", state, f"no usable driver here (CUDA error {-devices}); it stays idle")

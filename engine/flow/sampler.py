@@ -26,7 +26,7 @@ def _integrate(
     advance: Callable[[int, Tensor, Tensor], Tensor],
     on_step: OnStep | None,
 ) -> Tensor:
-    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32)).contiguous()  # a chunk's noise is a view
     for k, timestep in enumerate(grid.timesteps.tolist()):
         timesteps = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
         x = advance(k, x, velocity(x, timesteps))
@@ -62,7 +62,6 @@ def sample_few_step(
         grid: from :meth:`FlowSchedule.few_step`.
         renoise: standard normal noise ``[B,C,T,H,W]`` after step k, for k in [0, N-1).
     """
-
 
     def advance(k: int, x: Tensor, v: Tensor) -> Tensor:
         at = sde.step_table(grid, sde.RENOISE, x.dtype, x.device)[k : k + 1]

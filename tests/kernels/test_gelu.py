@@ -61,7 +61,7 @@ def test_what_is_not_finite_stays_where_it_is(value: float) -> None:
     for result in (y.detach(), x.grad):
         rest = torch.cat((result[:100], result[101:]))
         assert torch.equal(rest, rest[:1].expand(299))
-    assert torch.equal(y.detach()[100], x.detach()[100]) or y[100].isnan()
+    assert torch.equal(y.detach()[100], x.detach()[100]) or (value != value and y[100].isnan())
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
@@ -91,11 +91,11 @@ def test_custom_ops_are_registered_right() -> None:
     ("change", "message"),
     [
         (lambda x, bias: (x.transpose(0, 1), bias), "strides"),
-        (lambda x, bias: (x, bias[:48]), r"must be contiguous \(96,\)"),
+        (lambda x, bias: (x, bias[:48]), r"bias is \(48,\). It must be \(96,\)"),
         (lambda x, bias: (x.double(), bias), "float64 is not one of"),
     ],
 )
 def test_what_the_kernel_does_not_take_is_named(change: object, message: str) -> None:
-    x, bias = change(torch.zeros(96, 96), torch.zeros(96))  # type: ignore[operator]
+    x, bias = change(parity.zeros(96, 96), parity.zeros(96))  # type: ignore[operator]
     with parity.triton("gelu"), pytest.raises(KernelError, match=message):
         gelu.gelu(x, bias)

@@ -118,6 +118,23 @@ def test_a_weight_of_zero_leaves_a_member_out() -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-18)
 
 
+def test_what_is_left_out_may_be_anything() -> None:
+    """A missing reward's NaN, an ODE step's infinite lambda, a ratio that overflows: none reaches loss or gradient."""
+    velocity, old = velocities(0.05)
+    with torch.no_grad():
+        velocity[1] += 1e6
+    advantages = torch.tensor([1.5, -0.5, torch.nan, torch.inf, 1.0])
+    weights = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
+    for lambda_ in (STEPS.lambda_, torch.tensor([STEPS.lambda_[0], torch.inf])):
+        found = group_loss(velocity, old, KEYS, OFFSETS, lambda_, advantages, weights, (0.2, 0.2))
+        (gradient,) = torch.autograd.grad(found.loss, velocity)
+        alone = group_loss(velocity[:1], old[:1], KEYS[:2], OFFSETS[:2], STEPS.lambda_[:1],
+                           advantages[:2], weights[:2], (0.2, 0.2))  # fmt: skip
+        (expected,) = torch.autograd.grad(alone.loss, velocity)
+        assert found.loss.item() == alone.loss.item()
+        assert torch.equal(gradient, expected)
+
+
 def test_triton_gives_the_same_loss_and_gradient() -> None:
     velocity, old = velocities(0.3, dtype=torch.float32)
     exact_velocity = velocity.detach().double().requires_grad_()

@@ -117,7 +117,9 @@ X, V, A, B, STD = operands(6)
     ("tensors", "options", "message"),
     [
         ((X.double(), V, A, B, STD), {}, "float64 is not one of"),
-        ((X.transpose(0, 1), V, A[:1].expand(6), B[:1].expand(6), STD[:1].expand(6)), {}, "x has strides"),
+        ((X.transpose(0, 1), V.transpose(0, 1), *(c[:1].expand(6) for c in (A, B, STD))), {}, "strides"),
+        ((X.bfloat16(), V, A, B, STD), {}, "the state is torch.bfloat16"),
+        ((X, V[:1], A, B, STD), {}, r"velocity is \(1, 6\)"),
         ((X, V[:, :5], A, B, STD), {}, r"velocity is \(3, 5\)"),
         ((X, V.double(), A, B, STD), {}, "velocity is torch.float64"),
         ((X, V.T.contiguous().T, A, B, STD), {}, "velocity has strides"),

@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("av")
+
 from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.toy_render import CLEAN, WEB, FlawRates, make_clip

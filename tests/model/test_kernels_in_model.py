@@ -8,6 +8,8 @@ import torch
 from parity import DEVICE, randn
 from torch import Tensor
 
+from reelforge.engine.flow.schedule import FlowSchedule
+from reelforge.engine.model import generation
 from reelforge.engine.model.layout import chunk_causal
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.kernels import dispatch
@@ -90,3 +92,19 @@ def test_cached_chunks_write_the_cache_in_the_fused_kernel(model: WanTransformer
     expected = rollout()
     with kernels("triton"):
         torch.testing.assert_close(rollout(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("few_step", [False, True], ids=["euler", "few steps"])
+def test_chunked_sampling_on_fused_steps(model: WanTransformer, few_step: bool) -> None:
+    schedule, noise, text = FlowSchedule("unipc_flow", 3.0), randn(0, *LATENTS), randn(2, 2, 5, 16)
+    grid = schedule.few_step((1000, 500)) if few_step else schedule.grid(3)
+    guidance = generation.Guidance(text, torch.zeros_like(text), 2.0)
+
+    def sample() -> Tensor:
+        renoise = (lambda k: randn(7 + k, *LATENTS)) if few_step else None
+        return generation.sample_chunks(model, guidance, noise, grid, (1, 2), renoise)
+
+    with torch.no_grad():
+        expected = sample()
+        with kernels("triton"):
+            torch.testing.assert_close(sample(), expected, rtol=1e-4, atol=1e-5)

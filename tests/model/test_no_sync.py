@@ -88,6 +88,10 @@ FAULTS: dict[str, Callable[[torch.Tensor], object]] = {
     "to the host": lambda x: x.cpu(),
     "from the host": lambda x: torch.zeros(4, device="cpu").to("cuda"),
     "from a list": lambda x: torch.tensor([1, 2, 3], device="cuda"),
+    "a scalar to the host": lambda x: x.sum().cpu(),
+    "a scalar from the host": lambda x: torch.tensor(3.0, device="cuda"),
+    "written through a mask": lambda x: x.__setitem__(x > 0, x.sum().reshape(1)),
+    "copied out": lambda x: torch.zeros((), device="cpu").copy_(x.sum()),
     "copied in": lambda x: x.copy_(torch.zeros(8, device="cpu")),
 }
 

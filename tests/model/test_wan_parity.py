@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+
 from diffusers import WanTransformer3DModel
 
 from reelforge.engine.core.errors import ConfigError

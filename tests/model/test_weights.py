@@ -5,6 +5,9 @@ import struct
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
