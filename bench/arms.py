@@ -65,9 +65,11 @@ class Arm:
 
 
 def kernel_arms(case: Case) -> list[Arm]:
-    """Every implementation behind the op but the reference, ours first."""
+    """Every implementation behind the op but the reference; ``ours`` is the best of ours that this machine can run."""
     names = [name for name in dispatch.implementations().get(case.op, []) if name != dispatch.REFERENCE]
+    usable = dispatch.usable(case.op, "cuda" if torch.cuda.is_available() else "cpu") if names else []
     own = [name for name in names if f"{case.op}/{name}" in machine.sources()]
+    own.sort(key=lambda name: name not in usable)
     arms = [
         Arm(OURS if index == 0 else f"{OURS}/{name}", name, case.run, ours=True, pins=((case.op, name),))
         for index, name in enumerate(own)

@@ -234,10 +234,17 @@ def implementations() -> dict[str, list[str]]:
 
 def explain(device: str, head_dim: int = 128) -> list[Choice]:
     """What would serve each op on ``device`` in the dtype it usually gets, and why."""
-    return [
-        _decide(op, Query(device, torch.float32 if op in _FP32_OPS else torch.bfloat16, head_dim))
-        for op in sorted(_registry)
-    ]
+    return [_decide(op, _usual(op, device, head_dim)) for op in sorted(_registry)]
+
+
+def usable(op: str, device: str, head_dim: int = 128) -> list[str]:
+    """The implementations of ``op`` that fit ``device`` in the dtype it usually gets, proven or not, best first."""
+    query = _usual(op, device, head_dim)
+    return [implementation.name for implementation in _registry[op] if implementation.unfit(query) is None]
+
+
+def _usual(op: str, device: str, head_dim: int) -> Query:
+    return Query(device, torch.float32 if op in _FP32_OPS else torch.bfloat16, head_dim)
 
 
 # -- what implementations check -------------------------------------------------------------------------------------
@@ -293,3 +300,9 @@ def proven() -> dict[str, dict[str, str]]:
     """``op/implementation`` to the source hash that passed on each hardware class."""
     path = proven_path()
     return json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+
+
+def forget() -> None:
+    """Read the table of proven kernels again, and choose anew; compiled code keeps its choices."""
+    proven.cache_clear()
+    _choices.clear()

@@ -127,7 +127,7 @@ def _qk_norm_rope_into(shape: Shape) -> Case:
         q_weight, k_weight, cos, sin, keys, values = rest
         slots = [cache[:, shape.tokens : 2 * shape.tokens] for cache in (keys, values)]
         out = function(*qkv.chunk(3, dim=-1), q_weight, k_weight, (cos, sin), shape.heads, EPS, *slots)
-        return out, *slots
+        return out, keys, values  # whole caches: what lies beside the slot has to stay as it was
 
     def run(*operands: Tensor) -> tuple[Tensor, ...]:
         return call(qk_norm_rope_into.qk_norm_rope_into, *operands)
