@@ -1,20 +1,25 @@
 """Which kernels are proven: those whose present source passed every accuracy case on real hardware of a class.
 
 ``kernels.dispatch`` never chooses a kernel of ours by default that is not in ``bench/records/proven.json``; this writes
-that table from records. A kernel is proven when, on GPUs of one compute capability, each of its cases has a valid
-record of the present source, none has a failed one, and backward cases are among them where the op has some. A
-failure of the present source takes an earlier proof back.
+that table from records. A kernel is proven when, on GPUs of one compute capability, every case of the catalogue that it
+serves, forward and backward, has a valid record of the present source, and none a failed one. Records of quick runs or
+of other sizes than the catalogue's prove nothing. A failure of the present source takes an earlier proof back.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from reelforge.bench import machine
+from reelforge.bench.cases.case import Case, Draw
 from reelforge.bench.cases.catalogue import all_cases
-from reelforge.bench.records import Record, accuracy_faults, validate
+from reelforge.bench.records import MIN_ROUNDS, Record, accuracy_faults, fingerprint, validate
 from reelforge.engine.core.files import replace_file
 from reelforge.kernels import dispatch
 
@@ -56,48 +61,104 @@ def promote(records: Iterable[Record], path: Path = PROVEN, check: bool = False)
         StorageError: the table cannot be written.
     """
     cases = all_cases()  # which registers the kernels
-    outcomes = judge(records, machine.sources(), {case.op for case in cases if case.backward})
+    outcomes = judge(records, machine.sources(), cases)
     if not check:
         table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         replace_file(path, json.dumps(updated(table, outcomes, machine.sources()), indent=2, sort_keys=True) + "\n")
-        dispatch.proven.cache_clear()
+        dispatch.forget()
     return outcomes
 
 
-def judge(records: Iterable[Record], sources: Mapping[str, str], with_backward: Collection[str]) -> list[Outcome]:
+def judge(records: Iterable[Record], sources: Mapping[str, str], cases: Sequence[Case]) -> list[Outcome]:
     """An outcome for each kernel and class.
 
     Args:
         records: what was measured.
         sources: ``op/implementation`` to its present source hash.
-        with_backward: ops that have backward cases.
+        cases: of every op.
     """
     kernels: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if record.identity.ours and record.identity.kernel_hash:
             kernel = f"{record.workload.op}/{record.identity.kernel_impl}"
             kernels.setdefault((kernel, record.hardware.gpu_capability or ""), []).append(record)
-    return [_judge(*key, part, sources, with_backward) for key, part in kernels.items()]
+    return [_judge(*key, part, sources, cases) for key, part in kernels.items()]
 
 
 def _judge(
-    kernel: str, hardware: str, records: list[Record], sources: Mapping[str, str], with_backward: Collection[str]
+    kernel: str, hardware: str, records: list[Record], sources: Mapping[str, str], cases: Sequence[Case]
 ) -> Outcome:
     if not hardware:
         return Outcome(kernel, hardware, "refused", "not run on a GPU")
-    records = [record for record in records if record.identity.kernel_hash == sources.get(kernel)]
+    if kernel not in sources:
+        return Outcome(kernel, hardware, "refused", "unknown")
+    records = [record for record in records if record.identity.kernel_hash == sources[kernel]]
     if not records:
-        return Outcome(kernel, hardware, "refused", "its source is another one now" if kernel in sources else "unknown")
+        return Outcome(kernel, hardware, "refused", "its source is another one now")
     failed = _reasons((record, accuracy_faults(record)) for record in records)
     if failed:
         return Outcome(kernel, hardware, "disproved", failed)
-    sound = {record.identity.case_id for record in records if not validate(record)}
-    invalid = _reasons((record, validate(record)) for record in records if record.identity.case_id not in sound)
-    if invalid:
-        return Outcome(kernel, hardware, "refused", invalid)
-    if kernel.split("/")[0] in with_backward and not any(record.workload.backward for record in records):
-        return Outcome(kernel, hardware, "refused", "its backward pass has no record")
-    return Outcome(kernel, hardware, "promoted", f"{len(sound)} cases passed")
+    wanted = served(kernel, cases)
+    lacks = [f"{case.name} ({reason})" for case in wanted if (reason := _lacks(case, records))]
+    if lacks or not wanted:
+        which = ", ".join(lacks) or "the catalogue has none"
+        reason = f"{len(lacks)} of {len(wanted)} cases are not proven: {which}"
+        return Outcome(kernel, hardware, "refused", reason)
+    return Outcome(kernel, hardware, "promoted", f"{len(wanted)} cases passed")
+
+
+def served(kernel: str, cases: Sequence[Case]) -> list[Case]:
+    """The cases of the op that the implementation serves.
+
+    One that serves none here lacks this machine's GPU or library, which tells nothing of the cases: it has them all.
+    """
+    op, _, name = kernel.partition("/")
+    (unfit,) = (entry.unfit for entry in dispatch._registry[op] if entry.name == name)
+    found = [case for case in cases if case.op == op]
+    return [case for case in found if unfit(query(case)) is None] or found
+
+
+class _Asked(Exception):
+    """Carries a query out of the op that asked it."""
+
+
+def query(case: Case) -> dispatch.Query:
+    """What the case asks of dispatch on a GPU."""
+
+    def ask(op: str, query: dispatch.Query) -> str:
+        if op == case.op:
+            raise _Asked(query._replace(device="cuda"))
+        return dispatch.REFERENCE
+
+    with FakeTensorMode(), patch.object(dispatch, "choose", ask), torch.set_grad_enabled(case.backward):
+        try:
+            case.run(*case.inputs(Draw(torch.device("cpu"), None)))
+        except _Asked as asked:
+            return asked.args[0]
+    raise AssertionError(f"{case.name} runs without asking for {case.op}")
+
+
+def _lacks(case: Case, records: Iterable[Record]) -> str:
+    """Why the records do not prove the case; empty when one does."""
+    reason = "no record"
+    for record in records:
+        if record.identity.case_id == case.name:
+            faults = validate(record) + _differences(record, case)
+            if not faults:
+                return ""
+            reason = faults[0]
+    return reason
+
+
+def _differences(record: Record, case: Case) -> list[str]:
+    """What was measured instead of the case: sizes are miniature in quick runs."""
+    work, quality = record.workload, record.quality
+    same = (work.bytes, work.flops, work.backward) == (case.work.bytes, case.work.flops, case.backward)
+    reasons = [] if same else ["of another size"]
+    if quality is not None and quality.tolerance > case.tolerance:
+        reasons.append(f"its tolerance {quality.tolerance:.3g} is above the case's {case.tolerance:.3g}")
+    quick = fingerprint({"rounds": MIN_ROUNDS, "seed": work.seed})
+    return reasons + (["of a quick run"] if record.identity.config_hash == quick else [])
 
 
 def _reasons(faults: Iterable[tuple[Record, list[str]]]) -> str:

@@ -3,6 +3,10 @@
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("hypothesis")
+
 from diffusers import UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st

@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("diffusers")
+
 from diffusers import UniPCMultistepScheduler
 from scipy.integrate import solve_ivp
 from torch import Tensor

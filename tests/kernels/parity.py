@@ -22,20 +22,23 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32, grad: bool
     return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_(grad)
 
 
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, device=DEVICE, dtype=dtype)
+
+
 @contextmanager
 def triton(op: str, implementation: str = "triton") -> Iterator[None]:
     """Run ``op`` by its kernel, with NaN in every buffer it allocates."""
-    deterministic, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         with dispatch.pinned(op, implementation):
             yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 

@@ -133,13 +133,13 @@ def test_custom_ops_are_registered_right() -> None:
 @pytest.mark.parametrize(
     ("convert", "pixels", "message"),
     [
-        (frames.to_nv12, torch.zeros(1, 3, 1, 4, 5), "NV12 of 4 x 5 pixels"),
-        (frames.to_nv12, torch.zeros(1, 3, 1, 3, 4), "Both must be even"),
-        (frames.to_uint8, torch.zeros(1, 4, 1, 4, 4), r"must be \[B, 3, T, H, W\]"),
-        (frames.to_uint8, torch.zeros(3, 1, 4, 4), r"must be \[B, 3, T, H, W\]"),
-        (frames.to_uint8, torch.zeros(1, 3, 1, 4, 6).transpose(3, 4), "strides"),
-        (frames.to_nv12, torch.zeros(1, 3, 1, 4, 6)[..., :4], "strides"),
-        (frames.to_uint8, torch.zeros(1, 3, 1, 4, 4, dtype=torch.float64), "float64 is not one of"),
+        (frames.to_nv12, parity.zeros(1, 3, 1, 4, 5), "NV12 of 4 x 5 pixels"),
+        (frames.to_nv12, parity.zeros(1, 3, 1, 3, 4), "Both must be even"),
+        (frames.to_uint8, parity.zeros(1, 4, 1, 4, 4), r"must be \[B, 3, T, H, W\]"),
+        (frames.to_uint8, parity.zeros(3, 1, 4, 4), r"must be \[B, 3, T, H, W\]"),
+        (frames.to_uint8, parity.zeros(1, 3, 1, 4, 6).transpose(3, 4), "strides"),
+        (frames.to_nv12, parity.zeros(1, 3, 1, 4, 6)[..., :4], "strides"),
+        (frames.to_uint8, parity.zeros(1, 3, 1, 4, 4, dtype=torch.float64), "float64 is not one of"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(convert: object, pixels: Tensor, message: str) -> None:

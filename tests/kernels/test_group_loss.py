@@ -154,13 +154,14 @@ def test_triton_gives_the_same_loss_and_gradient() -> None:
 @pytest.mark.parametrize("implementation", ["triton", "torch"])
 def test_a_step_and_its_loss_never_wait_for_the_device(implementation: str) -> None:
     with fake_cuda(), dispatch.pinned("sde_step", implementation), dispatch.pinned("sde_replay", implementation):
-        x, velocity = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE, dtype=torch.bfloat16)
-        a, b, std, lambda_ = torch.rand(4, 2)
-        keys, offsets = torch.zeros(5, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+        x, velocity = torch.randn(2, 2, *SHAPE, device="cuda")
+        velocity = velocity.bfloat16()
+        (a, b, std, lambda_), (advantages, weights) = torch.rand(4, 2, device="cuda"), torch.rand(2, 5, device="cuda")
+        keys, offsets = (torch.zeros(n, dtype=t, device="cuda") for n, t in ((5, torch.int64), (3, torch.int32)))
         with SyncGuard():
             after = fork(x, velocity, a, b, std, keys, offsets, v_uncond=velocity, keep_velocity=True)
             assert after.velocity is not None and after.x.shape == (5, *SHAPE)
-            group_loss(after.velocity, after.velocity, keys, offsets, lambda_, torch.rand(5), torch.rand(5), NO_CLIP)
+            group_loss(after.velocity, after.velocity, keys, offsets, lambda_, advantages, weights, NO_CLIP)
 
 
 @pytest.mark.parametrize(

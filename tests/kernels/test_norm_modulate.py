@@ -89,12 +89,12 @@ def test_custom_ops_are_registered_right() -> None:
     ],
 )
 def test_what_the_kernel_does_not_take_is_named(change: object, message: str) -> None:
-    x, rows = change(torch.zeros(2, 96, 96), torch.zeros(1, 1, 96))  # type: ignore[operator]
+    x, rows = change(parity.zeros(2, 96, 96), parity.zeros(1, 1, 96))  # type: ignore[operator]
     with parity.triton("norm_modulate"), pytest.raises(KernelError, match=message):
         norm_modulate.norm_modulate(x, rows, rows, EPS)
 
 
 def test_gain_and_shift_need_the_same_rows() -> None:
-    x, rows = torch.zeros(2, 6, 96), torch.zeros(1, 1, 96)
+    x, rows = parity.zeros(2, 6, 96), parity.zeros(1, 1, 96)
     with parity.triton("norm_modulate"), pytest.raises(KernelError, match="gain has 3 rows, shift 1"):
         norm_modulate.norm_modulate(x, rows.expand(1, 3, 96), rows, EPS)

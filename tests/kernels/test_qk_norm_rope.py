@@ -110,7 +110,7 @@ def test_custom_ops_are_registered_right() -> None:
     ],
 )
 def test_what_the_kernel_does_not_take_is_named(place: int, change: object, message: str) -> None:
-    tensors = [torch.zeros(shape) for shape in [(2, 96, 96)] * 2 + [(96,)] * 2 + [(96, 16)] * 2]
+    tensors = [parity.zeros(*shape) for shape in [(2, 96, 96)] * 2 + [(96,)] * 2 + [(96, 16)] * 2]
     tensors[place] = change(tensors[place])  # type: ignore[operator]
     with parity.triton("qk_norm_rope"), pytest.raises(KernelError, match=message):
         call(qk_norm_rope.qk_norm_rope, 3, *tensors)

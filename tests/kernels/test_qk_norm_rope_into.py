@@ -87,6 +87,6 @@ def test_a_gradient_is_refused(implementation: str) -> None:
     ],
 )
 def test_a_slot_that_the_kernel_does_not_take_is_named(change: object, message: str) -> None:
-    caches = [change(torch.zeros(1, 5, 3, 32)), torch.zeros(1, 5, 3, 32)]  # type: ignore[operator]
+    caches = [change(parity.zeros(1, 5, 3, 32)), parity.zeros(1, 5, 3, 32)]  # type: ignore[operator]
     with parity.triton("qk_norm_rope_into"), pytest.raises(KernelError, match=message):
         call(qk_norm_rope_into.qk_norm_rope_into, 3, draw(1, 2, 3, 32), caches)

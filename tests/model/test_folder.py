@@ -45,6 +45,7 @@ def noisy_transformer(seed: int = 0) -> WanTransformer:
 
 
 def umt5(root) -> Umt5TextEncoder:
+    pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -58,13 +59,12 @@ def umt5(root) -> Umt5TextEncoder:
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory):
     """A folder with all of Wan's parts, tiny."""
-    from diffusers import AutoencoderKLWan
-
+    diffusers = pytest.importorskip("diffusers")
     root = tmp_path_factory.mktemp("models") / "wan"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         statistics = {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}
-        vae = AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics)
+        vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics)
         parts = noisy_transformer(), DiffusersWanVae(vae.eval(), root / "vae"), umt5(root / "text_encoder")
     ModelFolder(*parts, DEFAULTS).save(root)
     return root

@@ -97,7 +97,7 @@ def test_cached_chunks_write_the_cache_in_the_fused_kernel(model: WanTransformer
 @pytest.mark.parametrize("few_step", [False, True], ids=["euler", "few steps"])
 def test_chunked_sampling_on_fused_steps(model: WanTransformer, few_step: bool) -> None:
     schedule, noise, text = FlowSchedule("unipc_flow", 3.0), randn(0, *LATENTS), randn(2, 2, 5, 16)
-    grid = schedule.few_step((1000, 500)) if few_step else schedule.grid(3)
+    grid = schedule.few_step((1000, 500)) if few_step else schedule.grid(2)
     guidance = generation.Guidance(text, torch.zeros_like(text), 2.0)
 
     def sample() -> Tensor:

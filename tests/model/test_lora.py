@@ -65,10 +65,9 @@ def velocity(model: nn.Module) -> torch.Tensor:
 
 
 def peft_base(tmp_path):
-    from diffusers import WanTransformer3DModel
-
+    diffusers = pytest.importorskip("diffusers")
     save_transformer(base(), tmp_path / "base")
-    return WanTransformer3DModel.from_pretrained(tmp_path / "base")
+    return diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "base")
 
 
 @torch.no_grad()
@@ -141,11 +140,10 @@ def test_merge_sums_in_float32_and_rounds_once() -> None:
 
 
 def test_our_adapter_in_peft(tmp_path) -> None:
-    from peft import PeftModel
-
+    peft = pytest.importorskip("peft")
     model = adapted()
     save_adapter(model, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(peft_base(tmp_path), tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(peft_base(tmp_path), tmp_path / "adapter")
     torch.testing.assert_close(their_velocity(theirs), velocity(model), atol=1e-5, rtol=0)
 
 
@@ -158,19 +156,18 @@ def test_our_adapter_in_diffusers(tmp_path) -> None:
 
 
 def test_our_adapter_in_a_diffusers_pipeline(tmp_path) -> None:
-    from diffusers import WanPipeline
-
+    diffusers = pytest.importorskip("diffusers")
     model = adapted()
     save_adapter(model, tmp_path / "adapter")
     theirs = peft_base(tmp_path)
-    WanPipeline(None, None, vae=None, scheduler=None, transformer=theirs).load_lora_weights(tmp_path / "adapter")
+    pipeline = diffusers.WanPipeline(None, None, vae=None, scheduler=None, transformer=theirs)
+    pipeline.load_lora_weights(tmp_path / "adapter")
     torch.testing.assert_close(their_velocity(theirs), velocity(model), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("targets", [["to_q", "ffn.net.2"], r".*attn2\.to_[kv]"])
 def test_a_peft_adapter_in_ours(tmp_path, targets) -> None:
-    import peft
-
+    peft = pytest.importorskip("peft")
     theirs = peft.get_peft_model(peft_base(tmp_path), peft.LoraConfig(r=4, lora_alpha=2, target_modules=targets))
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
@@ -185,8 +182,7 @@ def test_a_peft_adapter_in_ours(tmp_path, targets) -> None:
 
 
 def test_a_diffusers_adapter_in_ours(tmp_path) -> None:
-    import peft
-
+    peft = pytest.importorskip("peft")
     theirs = peft_base(tmp_path)
     theirs.add_adapter(peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_k"], init_lora_weights=False))
     theirs.save_lora_adapter(tmp_path / "adapter")

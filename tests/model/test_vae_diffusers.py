@@ -14,11 +14,10 @@ MEAN, STD = [0.3, -0.2, 0.1, 0.5], [1.5, 2.0, 0.7, 1.1]
 
 @pytest.fixture(scope="module")
 def reference():
-    from diffusers import AutoencoderKLWan
-
+    diffusers = pytest.importorskip("diffusers")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return AutoencoderKLWan(
+        return diffusers.AutoencoderKLWan(
             base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=MEAN, latents_std=STD
         ).eval()
 
