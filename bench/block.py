@@ -216,8 +216,10 @@ def case(setting: Setting) -> Case:
     return Case(OP, setting.label, unbuilt, unbuilt, unbuilt, total, _TOLERANCE)
 
 
-def events(session: Session, setting: Setting) -> Iterator[dict[str, Any]]:
-    """Records and notes of one setting."""
+def events(
+    session: Session, setting: Setting, affordable: Callable[[list[Arm]], list[Arm]] = list
+) -> Iterator[dict[str, Any]]:
+    """Records and notes of one setting, of the arms that ``affordable`` leaves."""
     plain = case(setting)
     session.announce(plain)
     dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
@@ -230,7 +232,7 @@ def events(session: Session, setting: Setting) -> Iterator[dict[str, Any]]:
             return exact(x, h)
 
     ready = replace(plain, inputs=lambda _: operands, reference=reference)
-    found = [arm for arm in arms(setting, ours, session.device) if session.wants(ready.name, arm.name)]
+    found = [arm for arm in affordable(arms(setting, ours, session.device)) if session.wants(ready.name, arm.name)]
     records = []
     for record in measure.rates(session, ready, found):
         records.append(with_floor(record, session, setting))

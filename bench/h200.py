@@ -1,6 +1,8 @@
 """``reelforge bench h200``: everything a fresh GPU machine should be asked, unattended, in sections of minutes.
 
-Each section has its own time limit and ends there; what it recorded until then counts. Sections do not depend on each
+Each section has its own time limit and ends there; what it recorded until then counts. A machine that is lent for less
+than the sum gives ``--limit``: the sections share it in proportion to their limits, and what one leaves is the next
+one's. Sections do not depend on each
 other's processes: a worker measures the machine's peaks before its own cases. ``records.jsonl`` and ``report.md`` in
 the folder are complete after every section.
 """
@@ -100,8 +102,12 @@ def _promote(run: Run, finished: bool) -> None:
     """Prove what passed. A family that was cut off or lost a case leaves its ops as they were."""
     records = [entry.record for entry in record_files.read(run.folder.records) if entry.record]
     records = [record for record in records if record.identity.kind == "accuracy"]
-    lost = {record.workload.op for record in records if record.identity.arm == WHOLE}
+    # What did not run at first may have run since, with --resume.
+    by_case = {record.identity.case_id: record for record in records}
+    by_arm = {(record.identity.case_id, record.identity.arm): record for record in records}
+    lost = {record.workload.op for record in by_case.values() if record.identity.arm == WHOLE}
     judged = [record for record in records if record.workload.op not in lost]
+    judged = [r for r in judged if r.quality or by_arm[r.identity.case_id, r.identity.arm] is r]
     for outcome in promote.promote(judged, promote.PROVEN, check=run.quick or not finished):
         run.folder.note(str(outcome))
     if not finished:
@@ -123,7 +129,8 @@ def _sanitizer(run: Run, deadline: float) -> list[Outcome]:
         log = run.folder.path / f"{_SANITIZER}.txt"
         launcher = _checker(tool, name, log) if tool is not None else _INTERPRETED
         jobs = [run.job("sanitize", family) for family in runner.families()]
-        outcomes += run.work(jobs, share, launcher=launcher, step_limit_s=supervise.COMPILING_STEP_S)
+        parallel = 1 if run.interpreted else _PROVING
+        outcomes += run.work(jobs, share, parallel, launcher=launcher, step_limit_s=supervise.COMPILING_STEP_S)
         run.folder.note(f"{name}: {_verdict(name, log)}")
     return outcomes
 
@@ -196,8 +203,25 @@ def main(arguments: argparse.Namespace) -> int:
             folder.note(
                 "There is no GPU: small cases in Triton's interpreter show that everything works, and no speed."
             )
-        finished = [_section(run, name, names[place:]) for place, name in enumerate(names)]
+        finished = _sections(run, names, arguments.limit)
     return 0 if all(finished) else 1
+
+
+def _sections(run: Run, names: Sequence[str], limit_s: float | None) -> list[bool]:
+    """The sections one after another, within ``limit_s`` for all; whether all of each was done."""
+    limits = {name: _QUICK_LIMIT_S if run.quick else SECTIONS[name].limit_s for name in names}
+    left = sum(limits.values())
+    if limit_s is not None:
+        limits = {name: limit * limit_s / left for name, limit in limits.items()}
+        left = limit_s
+    finished, spare = [], 0.0
+    for name, limit in limits.items():
+        start = time.monotonic()
+        finished.append(_section(run, name, limit + spare, left + spare))
+        left -= limit
+        if limit_s is not None:
+            spare += limit - (time.monotonic() - start)
+    return finished
 
 
 def _chosen(asked: Iterable[str]) -> list[str]:
@@ -207,12 +231,11 @@ def _chosen(asked: Iterable[str]) -> list[str]:
     return [name for name in SECTIONS if not asked or name in asked]
 
 
-def _section(run: Run, name: str, coming: Sequence[str]) -> bool:
+def _section(run: Run, name: str, limit_s: float, left_s: float) -> bool:
     """One section; whether all of it was done."""
-    limits = [_QUICK_LIMIT_S if run.quick else SECTIONS[each].limit_s for each in coming]
-    run.folder.note(f"== {name}: at most {limits[0]:.0f} s; all that is left at most {sum(limits) / 60:.0f} min")
+    run.folder.note(f"== {name}: at most {limit_s:.0f} s; all that is left at most {left_s / 60:.0f} min")
     start = time.monotonic()
-    outcomes = SECTIONS[name].work(run, start + limits[0])
+    outcomes = SECTIONS[name].work(run, start + limit_s)
     run.folder.note(f"== {name}: {time.monotonic() - start:.0f} s, {runner.summary(outcomes)}")
     if name != "report" and run.folder.records.exists():
         _report(run, 0.0)

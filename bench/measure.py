@@ -2,20 +2,33 @@
 
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from reelforge.bench import accuracy, cost, stamps, timing
 from reelforge.bench.accuracy import Exact
-from reelforge.bench.arms import FAILURES, Arm, kernel_arms, peer_arms
+from reelforge.bench.arms import COMPILED, FAILURES, Arm, kernel_arms, peer_arms
 from reelforge.bench.cases.case import Case, Operands
-from reelforge.bench.records import MAX_CLOCK_SPREAD, Derived, Memory, Quality, Ratio, Record, Stamps, Timing, Verdict
+from reelforge.bench.records import (
+    MAX_CLOCK_SPREAD,
+    SLOWDOWNS,
+    Derived,
+    Memory,
+    Quality,
+    Ratio,
+    Record,
+    Stamps,
+    Timing,
+    Verdict,
+)
 from reelforge.bench.samplers import sampler
 from reelforge.bench.session import WHOLE_CASE, Kind, Session
 from reelforge.kernels.errors import KernelError
 
+COMPILING = frozenset({COMPILED, "flex"})  # arms whose first call compiles, which takes up to minutes
+_GENTLE_BURST_S, _GENTLE_REST = 5e-3, 8.0  # below a power limit that acts within milliseconds
 _UNFIT = "which does not fit"  # in what dispatch says of a pin
 _L2: tuple[timing.L2, ...] = ("cold", "warm")
 
@@ -38,24 +51,47 @@ def prove(session: Session, case: Case) -> Iterator[Record]:
 
 
 def rates(session: Session, case: Case, arms: list[Arm]) -> Iterator[Record]:
-    """Accuracy, then times with cold and with warm L2, of every arm; an arm that fails leaves a record that says so."""
+    """Accuracy, then times with cold and with warm L2, of every arm; an arm that fails leaves a record that says so.
+
+    Arms that compile come last, in rounds of their own with the first other arm that runs: what they cost or break is
+    not the others' loss. That arm's second records keep its ratios to those others.
+    """
     torch._dynamo.reset()  # compiled arms compile at their first call; after eight shapes of one they would not
     prepared = _prepared(session, case, "rate")
     if isinstance(prepared, str):
         yield session.record(case, (), WHOLE_CASE, "rate", verdict=_verdict(prepared))
         return
     operands, exact = prepared
+    done: list[Record] = []
+    for record in _together(session, case, operands, exact, [arm for arm in arms if arm.name not in COMPILING]):
+        done.append(record)
+        yield record
+    late = [arm for arm in arms if arm.name in COMPILING]
+    timed = {(record.identity.arm, record.timing.l2): record for record in done if record.timing is not None}
+    first = [arm for arm in arms if (arm.name, "warm") in timed][:1]
+    for record in _together(session, case, operands, exact, [*first, *late]) if late else ():
+        before = timed.get((record.identity.arm, record.timing.l2)) if record.timing is not None else None
+        yield record if before is None else _joined(record, before)
+    del operands, exact, prepared
+    release(session.device)
+
+
+def _together(session: Session, case: Case, operands: Operands, exact: Exact, arms: list[Arm]) -> Iterator[Record]:
+    """Arms that take turns: their failures, then their times."""
     checked = list(_checked(session, case, operands, exact, arms, "rate"))
-    del exact, prepared
     release(session.device)
     for arm, quality in checked:
         if isinstance(quality, str):
             yield session.record(case, operands, arm, "rate", verdict=_verdict(quality))
     runnable = [(arm, quality) for arm, quality in checked if isinstance(quality, Quality)]
-    for l2 in _L2:
+    for l2 in _L2 if runnable else ():
         yield from _timed(session, case, operands, runnable, l2)
-    del operands
-    release(session.device)
+
+
+def _joined(record: Record, before: Record) -> Record:
+    """An arm's record with its ratios of earlier rounds."""
+    ratios = {**before.derived.ratio_vs, **record.derived.ratio_vs}
+    return replace(record, derived=replace(record.derived, ratio_vs=ratios))
 
 
 def run_once(session: Session, case: Case, arm: Arm) -> str:
@@ -166,24 +202,24 @@ def _timed(
 def interleave(
     session: Session, samplers: Mapping[str, timing.Sampler], active: Callable[[str], Any]
 ) -> tuple[dict[str, timing.Times], dict[str, Stamps]]:
-    """Times and clocks of all arms; repeated once when the arms' clocks differ too much."""
-    times, clocks = _interleave(session, samplers, active)
-    if max((found.sm_clock_spread for found in clocks.values()), default=0.0) > MAX_CLOCK_SPREAD:
-        times, clocks = _interleave(session, samplers, active)
+    """Times and clocks of all arms; where clocks were held down or differ, again in short bursts with long rests."""
+    times, clocks = _interleave(session, samplers, active, timing.REST)
+    if any(map(_slowed, clocks.values())):
+        for each in samplers.values():
+            each.burst(_GENTLE_BURST_S)
+        times, clocks = _interleave(session, samplers, active, _GENTLE_REST)
     return times, clocks
 
 
+def _slowed(found: Stamps) -> bool:
+    return found.sm_clock_spread > MAX_CLOCK_SPREAD or not SLOWDOWNS.isdisjoint(found.throttle_reasons)
+
+
 def _interleave(
-    session: Session, samplers: Mapping[str, timing.Sampler], active: Callable[[str], Any]
+    session: Session, samplers: Mapping[str, timing.Sampler], active: Callable[[str], Any], rest: float
 ) -> tuple[dict[str, timing.Times], dict[str, Stamps]]:
     with stamps.Sampler(session.nvml) as clocks:
-
-        @contextmanager
-        def watch(name: str) -> Iterator[None]:
-            with active(name), clocks.arm(name):
-                yield
-
-        times = timing.interleave(samplers, session.rounds, watch)
+        times = timing.interleave(samplers, session.rounds, clocks.arm, active, rest)
     return times, clocks.stamps()
 
 
@@ -220,6 +256,7 @@ def summary(times: timing.Times) -> Timing:
         mean=micro.mean,
         stdev=micro.stdev,
         host_us=None if times.host_s is None else 1e6 * times.host_s,
+        rest=times.rest,
     )
 
 

@@ -244,6 +244,21 @@ def _invalid(entries: Iterable[Entry]) -> list[str]:
         if entry.reasons:
             identity = entry.record.identity if entry.record else None
             case, arm = (identity.case_id, identity.arm) if identity else (NONE, NONE)
-            rows.append([Path(entry.origin).name, case, arm, "; ".join(entry.reasons).replace("|", "\\|")])
-    head = ("line", "case", "arm", "why")
-    return ["## Invalid records, in no table above", "", *table(head, rows, 4)] if rows else []
+            why = "; ".join(entry.reasons).replace("|", "\\|")
+            rows.append([Path(entry.origin).name, case, arm, why, *_refused(entry.record)])
+    head = ("line", "case", "arm", "why", "L2", "us", "others over it")
+    lines = [
+        "## Invalid records, in no table above",
+        "",
+        "Their times are shown to be looked into, not to be quoted.",
+        "",
+    ]
+    return [*lines, *table(head, rows, 5)] if rows else []
+
+
+def _refused(record: Record | None) -> list[str]:
+    """L2 state, median and ratios of what is not valid."""
+    if record is None or record.timing is None:
+        return [NONE] * 3
+    ratios = "; ".join(f"{arm} {ratio_cell(ratio)}" for arm, ratio in record.derived.ratio_vs.items())
+    return [record.timing.l2, number(record.timing.median_us), ratios or NONE]

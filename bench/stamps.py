@@ -7,7 +7,7 @@ clocks, gives no number. Without NVML the stamps say so, and the record they go 
 import importlib
 import statistics
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -75,23 +75,31 @@ def reason_names(bits: int) -> set[str]:
 
 
 class _Sample(NamedTuple):
-    sm_clock_mhz: float
-    mem_clock_mhz: float
-    power_w: float
-    temp_c: float
-    energy_mj: int
     reasons: int
+    sm_clock_mhz: int
+    mem_clock_mhz: int | None
+    power_mw: int | None
+    temp_c: int | None
+    energy_mj: int | None
 
 
 def _sample(nvml: Nvml) -> _Sample:
+    """Without clock and reasons there is no sample; what else a device does not tell is None."""
     module, handle = nvml
+
+    def optional(query: Callable[..., int], *what: int) -> int | None:
+        try:
+            return query(handle, *what)
+        except module.NVMLError:
+            return None
+
     return _Sample(
-        module.nvmlDeviceGetClockInfo(handle, module.NVML_CLOCK_SM),
-        module.nvmlDeviceGetClockInfo(handle, module.NVML_CLOCK_MEM),
-        module.nvmlDeviceGetPowerUsage(handle) / 1e3,
-        module.nvmlDeviceGetTemperature(handle, module.NVML_TEMPERATURE_GPU),
-        module.nvmlDeviceGetTotalEnergyConsumption(handle),
         module.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+        module.nvmlDeviceGetClockInfo(handle, module.NVML_CLOCK_SM),
+        optional(module.nvmlDeviceGetClockInfo, module.NVML_CLOCK_MEM),
+        optional(module.nvmlDeviceGetPowerUsage),
+        optional(module.nvmlDeviceGetTemperature, module.NVML_TEMPERATURE_GPU),
+        optional(module.nvmlDeviceGetTotalEnergyConsumption),
     )
 
 
@@ -151,7 +159,8 @@ class Sampler:
         last = self._read()
         if first is not None and last is not None:
             seen.samples.append(last)
-            seen.energy_mj += last.energy_mj - first.energy_mj
+            if first.energy_mj is not None and last.energy_mj is not None:
+                seen.energy_mj += last.energy_mj - first.energy_mj
 
     def stamps(self) -> dict[str, Stamps]:
         """Arm to stamps, each with the spread of the arms' clocks."""
@@ -181,21 +190,22 @@ def _stamps(seen: _Seen, failure: str) -> Stamps:
     if failure or not seen.samples:
         return Stamps(False, note=failure or "no sample")
     reasons = set[str]().union(*(reason_names(sample.reasons) for sample in seen.samples))
-    sm, mem, power, temp = (_span([sample[i] for sample in seen.samples]) for i in range(4))
+    told = {name: [value for sample in seen.samples if (value := getattr(sample, name)) is not None]
+            for name in _Sample._fields}  # fmt: skip
     return Stamps(
         valid=not reasons & SLOWDOWNS,
         samples=len(seen.samples),
-        sm_clock_mhz=sm,
-        mem_clock_mhz=mem,
-        power_w=power,
-        temp_c=temp,
+        sm_clock_mhz=_span(told["sm_clock_mhz"]),
+        mem_clock_mhz=_span(told["mem_clock_mhz"]),
+        power_w=_span([milliwatts / 1e3 for milliwatts in told["power_mw"]]),
+        temp_c=_span(told["temp_c"]),
         energy_j=seen.energy_mj / 1e3 or None,
         throttle_reasons=tuple(sorted(reasons)),
     )
 
 
-def _span(values: list[float]) -> Span:
-    return Span(float(min(values)), float(statistics.median(values)), float(max(values)))
+def _span(values: Sequence[float]) -> Span | None:
+    return None if not values else Span(float(min(values)), float(statistics.median(values)), float(max(values)))
 
 
 def clock_spread(stamps: Mapping[str, Stamps]) -> float:

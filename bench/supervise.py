@@ -31,6 +31,7 @@ from reelforge.engine.core.progress import say
 # For one arm's check, or for all the times of a case; autotuning the products of compiled torch takes the longest.
 STEP_LIMIT_S, COMPILING_STEP_S = 180.0, 420.0
 _POLL_S = 0.5
+_EXIT_S = 30.0  # for a worker to go after its last line; a memory checker sums up then
 _TAIL_LINES = 15
 
 
@@ -168,7 +169,7 @@ class _Worker:
 
     Attributes:
         records: it sent.
-        finished: cases that it has left behind.
+        finished: cases that it has left behind, or of which all but what compiles is recorded.
         pending: the record to write should it die now.
     """
 
@@ -201,19 +202,32 @@ class _Worker:
                 code = self._process.wait()
                 return "" if code == 0 else f"its process ended with {_exit(code)}"
             step_end = time.monotonic() + step_limit_s
+            if _event(line)[0] == "end":  # what it may still die of is not its work
+                self._leave(deadline)
+                return ""
             self._take(line, folder, deadline)
+
+    def _leave(self, deadline: float) -> None:
+        """Let it go; whoever waits for it ends it if it does not."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(min(_EXIT_S, max(0.0, deadline - time.monotonic())))
 
     def _take(self, line: str, folder: Folder, deadline: float) -> None:
         match _event(line):
             case "record", record:
-                folder.append(_record(record))
-                self.records += 1
+                self._record(_record(record), folder)
             case "begin", record:
                 self._begin(_record(record), folder, deadline)
             case "page", text:
                 folder.page(text)
             case "note", text:
                 folder.note(text)
+
+    def _record(self, record: Record, folder: Folder) -> None:
+        folder.append(record)
+        self.records += 1
+        if record.timing is not None and record.timing.l2 == "warm":  # only arms that compile come after these
+            self.finished.append(record.identity.case_id)
 
     def _begin(self, coming: Record, folder: Folder, deadline: float) -> None:
         before, name = self.pending and self.pending.identity.case_id, coming.identity.case_id

@@ -48,7 +48,8 @@ def _waves(record: Record) -> str:
 def _row(record: Record, timed: Sequence[Record]) -> list[str]:
     timing, derived, quality, stamps = record.timing, record.derived, record.quality, record.stamps
     assert timing is not None and quality is not None, "timed after its accuracy was"
-    ours = next((r for r in timed if r.identity.arm == OURS and r.timing and r.timing.l2 == timing.l2), None)
+    # The latest of ours: its ratios are to all arms.
+    ours = next((r for r in reversed(timed) if r.identity.arm == OURS and r.timing and r.timing.l2 == timing.l2), None)
     ratio = ours.derived.ratio_vs.get(record.identity.arm) if ours is not None else None
     clock = stamps.sm_clock_mhz if stamps is not None else None
     return [

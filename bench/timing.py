@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
 Watch = Callable[[str], AbstractContextManager[object]]
+Running = Callable[[], AbstractContextManager[object]]
 L2 = Literal["cold", "warm"]
 Method = Literal["event", "graph", "wall"]
 
 ROUNDS = 7
-_REST = 1.0  # of an arm's time the GPU idles after it: products back to back run into the power limit
+BURST_S = 20e-3  # of one arm in one round
+REST = 1.0  # of an arm's time the GPU idles after it: products back to back run into the power limit
 
 
 class Spread(NamedTuple):
@@ -56,6 +59,7 @@ class Times:
         iters: calls behind one sample.
         rounds: the samples of each round, seconds of one call.
         host_s: time until a call returns to the host; None where a graph replays it.
+        rest: how long the GPU idled after an arm's turn, in lengths of that turn.
     """
 
     method: Method
@@ -64,6 +68,7 @@ class Times:
     iters: int
     rounds: tuple[tuple[float, ...], ...]
     host_s: float | None
+    rest: float = REST
 
     @property
     def seconds(self) -> Spread:
@@ -76,7 +81,7 @@ class Times:
 
 
 class Sampler(Protocol):
-    """Times one arm: a call of :meth:`sample` is its part of one round."""
+    """Times one arm: a call of :meth:`sample` is its turn in one round."""
 
     method: Method
     l2: L2
@@ -84,27 +89,39 @@ class Sampler(Protocol):
     iters: int
     host_s: float | None
 
-    def sample(self) -> tuple[float, ...]:
-        """Seconds of one call, several times."""
+    def burst(self, seconds: float) -> None:
+        """How long a turn takes from now on; :data:`BURST_S` at first."""
+
+    def sample(self, running: Running = nullcontext) -> tuple[float, ...]:
+        """Seconds of one call, several times; the GPU is at the timed calls, and at nothing else, in ``running()``."""
 
 
-def interleave(samplers: Mapping[str, Sampler], rounds: int = ROUNDS, watch: Watch | None = None) -> dict[str, Times]:
+def interleave(
+    samplers: Mapping[str, Sampler],
+    rounds: int = ROUNDS,
+    watch: Watch | None = None,
+    active: Watch | None = None,
+    rest: float = REST,
+) -> dict[str, Times]:
     """Sample every arm once a round: A B C, A B C ...
 
     Args:
         samplers: by arm.
         rounds: how often.
-        watch: makes a context around each sample of an arm, for clocks.
+        watch: makes a context in which an arm's timed calls run, for clocks.
+        active: makes a context around all of an arm's turn.
+        rest: idle time after a turn, in lengths of the turn.
     """
     taken: dict[str, list[tuple[float, ...]]] = {arm: [] for arm in samplers}
     for _ in range(rounds):
         for arm, sampler in samplers.items():
-            with stopwatch() as seconds, watch(arm) if watch is not None else nullcontext():
-                taken[arm].append(sampler.sample())
+            running = partial(watch, arm) if watch is not None else nullcontext
+            with stopwatch() as seconds, active(arm) if active is not None else nullcontext():
+                taken[arm].append(sampler.sample(running))
             if sampler.method != "wall":
-                time.sleep(_REST * seconds())
+                time.sleep(rest * seconds())
     return {
-        arm: Times(sampler.method, sampler.l2, sampler.warmup, sampler.iters, tuple(taken[arm]), sampler.host_s)
+        arm: Times(sampler.method, sampler.l2, sampler.warmup, sampler.iters, tuple(taken[arm]), sampler.host_s, rest)
         for arm, sampler in samplers.items()
     }
 

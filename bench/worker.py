@@ -2,14 +2,16 @@
 
 ``python -m reelforge.bench.worker JOB`` takes a job as JSON and writes one JSON object a line to standard output:
 ``{"begin": record}`` before each piece of work, with the record to write should the process die of it, ``{"record":
-record}`` and ``{"note": text}``. Whoever started it writes the files; ``bench.supervise`` is that side.
+record}``, ``{"note": text}``, and ``{"end": true}`` when the job is done. Whoever started it writes the files;
+``bench.supervise`` is that side.
 """
 
 import importlib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +27,7 @@ from reelforge.bench.records import Record
 from reelforge.bench.session import WHOLE, Session
 
 Kind = Literal["peaks", "accuracy", "rates", "peers", "sanitize", "block"]
-_COMPILE_UNTIL = 0.7  # of the budget: later cases go without the compiled arm, so that more of them are reached
+_COMPILE_UNTIL = 0.6  # of the budget: later cases go without the arms that compile, so that more of them are reached
 # What matters most comes first: a section may be cut off.
 _FIRST = [("1.3B", 32760), ("1.3B", 4680), ("14B", 32760), ("14B", 4680), ("1.3B", 1560), ("14B", 1560)]
 
@@ -101,21 +103,28 @@ def _accuracy(job: Job, device: torch.device) -> Iterator[Event]:
 
 def _rates(job: Job, device: torch.device) -> Iterator[Event]:
     session = _session(job, device)
-    start = time.monotonic()
+    affordable = _affordable(job)
     for case in _cases(job, session, "rate"):
-        compiled = device.type == "cuda" and time.monotonic() - start < _COMPILE_UNTIL * job.budget_s
-        yield from _rated(session, case, measure.all_arms(session, case, compiled=compiled))
+        arms = measure.all_arms(session, case, compiled=device.type == "cuda")
+        yield from _rated(session, case, affordable(arms))
 
 
 def _peers(job: Job, device: torch.device) -> Iterator[Event]:
     from reelforge.bench import peers
 
     session = _session(job, device)
+    affordable = _affordable(job)
     found, missing = peers.available(device)
     yield {"note": f"peers: {', '.join(found)}; not here: {'; '.join(missing)}"}
     for case in _left(job, session, peers.cases(found, small=job.quick), "rate"):
         arms = [Arm(name, name, op) for name, op in case.peers.items() if job.wants(case.name, name)]
-        yield from _rated(session, case, arms)
+        yield from _rated(session, case, affordable(arms))
+
+
+def _affordable(job: Job) -> Callable[[list[Arm]], list[Arm]]:
+    """Drops the arms that compile once the budget, which begins now, is too far spent for them."""
+    end = time.monotonic() + _COMPILE_UNTIL * job.budget_s
+    return lambda arms: [arm for arm in arms if arm.name not in measure.COMPILING or time.monotonic() < end]
 
 
 def _sanitize(job: Job, device: torch.device) -> Iterator[Event]:
@@ -131,9 +140,10 @@ def _block(job: Job, device: torch.device) -> Iterator[Event]:
     from reelforge.bench import block
 
     session = _session(job, device)
+    affordable = _affordable(job)
     by_name = {block.case(setting).name: setting for setting in block.settings(small=job.quick)}
     for case in _left(job, session, [block.case(setting) for setting in by_name.values()], "rate"):
-        yield from block.events(session, by_name[case.name])
+        yield from block.events(session, by_name[case.name], affordable)
 
 
 def _rated(session: Session, case: Case, arms: list[Arm]) -> Iterator[Event]:
@@ -176,14 +186,27 @@ def _finished(job: Job, session: Session, kind: str) -> set[str]:
     if not job.resume or not Path(job.resume).exists():
         return set()
     records = [entry.record for entry in read(Path(job.resume)) if entry.record is not None]
-    mine = [record for record in records if record.identity.kind == kind and _is_current(record, session)]
-    return {record.identity.case_id for record in mine if _is_last(record)}
+    return _settled([record for record in records if record.identity.kind == kind and _is_current(record, session)])
+
+
+def _settled(records: Sequence[Record]) -> set[str]:
+    """Cases that need not run again; one that was lost, or whose accuracy failed to run, needs to until it has run."""
+    done: set[str] = set()
+    lost: set[tuple[str, str]] = set()
+    for record in records:
+        case, arm = record.identity.case_id, record.identity.arm
+        if arm == WHOLE or (record.identity.kind == "accuracy" and record.quality is None):
+            lost.add((case, arm))
+            continue
+        lost -= {(case, arm), (case, WHOLE)}
+        if _is_last(record):
+            done.add(case)
+    return done - {case for case, _ in lost}
 
 
 def _is_last(record: Record) -> bool:
-    """Of its case: warm times come behind cold ones; the whole case failed; or accuracy was all that was wanted."""
-    warm = record.timing is not None and record.timing.l2 == "warm"
-    return warm or record.identity.arm == WHOLE or record.identity.kind == "accuracy"
+    """Of its case: warm times come behind cold ones, or accuracy was all that was wanted."""
+    return record.identity.kind == "accuracy" or (record.timing is not None and record.timing.l2 == "warm")
 
 
 def _is_current(record: Record, session: Session) -> bool:
@@ -204,9 +227,13 @@ def _emit(event: Event) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the job of the command line."""
+    job = Job.of(argv[0])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for event in run(Job.of(argv[0]), device):
+    for event in run(job, device):
         _emit(event)
+    _emit({"end": True})
+    if job.kind != "sanitize":  # a checker sums up what it saw at a regular exit
+        os._exit(0)  # which torch's compile workers and a broken context can keep from ending well
     return 0
 
 

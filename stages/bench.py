@@ -49,6 +49,7 @@ def _add_measuring(verb: _Verb) -> None:
     h200.add_argument("--out", type=Path, default=Path("h200"), metavar="DIR", help="folder (default: %(default)s)")
     h200.add_argument("--section", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     h200.add_argument("--resume", action="store_true", help="go on after the last finished case of the folder")
+    h200.add_argument("--limit", type=float, metavar="SECONDS", help="of all sections together, shared among them")
     h200.add_argument("--quick", action="store_true", help="few rounds and sizes; shows that it runs, not how fast")
     gate = verb("gate", "compile every kernel for sm_90a and compare the machine code; needs no GPU", _lazily("gate"))
     gate.add_argument("--update", action="store_true", help="store what was compiled as the new expectation")

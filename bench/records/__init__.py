@@ -129,6 +129,8 @@ class Timing:
         rounds: samples, each a mean over ``iters`` calls.
         l2: whether the L2 cache was flushed before each call.
         host_us: time the host takes to launch a call; None where a graph replays it.
+        rest: how long the GPU idled after each of the arm's turns, in lengths of the turn; more than 1 where the arms
+            ran into the power limit at first.
     """
 
     method: Literal["cupti", "event", "graph", "wall"]
@@ -143,6 +145,7 @@ class Timing:
     mean: float
     stdev: float
     host_us: float | None = None
+    rest: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ class Stamps:
         throttle_reasons: all that NVML gave, the harmless ones too; see :data:`SLOWDOWNS`.
         samples: how often NVML was read.
         energy_j: of the board over all of the arm's turns, flushes of the cache included; None when its counter did
-            not move.
+            not move or cannot be read.
         sm_clock_spread: of the arms' median SM clocks: (largest - smallest) / smallest.
         note: why there are no stamps.
     """

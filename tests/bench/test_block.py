@@ -1,5 +1,7 @@
 """The plain block computes what ours does, with and without a cache; gaps are what kernels leave of a replay."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,8 +75,16 @@ def test_predictions_are_printed_beside_the_times() -> None:
 
 
 def test_gaps_of_a_replay() -> None:
-    events = [("void at::native::copy_kernel<float>(float*)", 10.0), ("norm_kernel", 30.0), ("norm_kernel", 30.0)] * 3
-    found = gaps.summarise(events, replay_s=80e-6, replays=3)
+    names = ("void at::native::copy_kernel<float>(float*)", "norm_kernel", "norm_kernel")
+    spans = ((0.0, 10.0), (12.0, 42.0), (40.0, 70.0))  # two overlap
+    launches = [
+        gaps.Launch(name, 75.0 * replay + start, 75.0 * replay + end)
+        for replay in range(3)
+        for name, (start, end) in zip(names, spans, strict=True)
+    ]
+    found = gaps.summarise(launches[::-1], replay_s=80e-6, replays=3)
+    assert found.holes_us == pytest.approx((3 * 2.0 + 2 * 5.0) / 3)
+    assert "5.3 us lie between one's end and the next one's start" in found.markdown("a block")
     assert [(kernel.name, kernel.launches, kernel.us) for kernel in found.kernels] == [
         ("norm_kernel", 2, 60.0), ("copy_kernel", 1, 10.0),
     ]  # fmt: skip
@@ -82,6 +92,42 @@ def test_gaps_of_a_replay() -> None:
     assert "12.5 % of a replay" in found.markdown(
         "a block"
     ) and "| `norm_kernel` | 2 | 60.0 | 75.0 % |" in found.markdown("b")
+
+
+def test_time_and_trace_are_of_bursts_of_one_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    bursts: list[tuple[int, bool]] = []
+    profiling: list[bool] = []
+
+    class Profile:
+        def __init__(self, activities: list) -> None:
+            profiling.append(True)
+
+        def __enter__(self) -> "Profile":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def events(self) -> list:
+            span = SimpleNamespace(start=0.0, end=30.0)
+            device = gaps.DeviceType.CUDA
+            return [
+                SimpleNamespace(name="spin_kernel(long)", device_type=device, time_range=span),
+                SimpleNamespace(name="norm_kernel", device_type=device, time_range=span),
+            ]
+
+    def burst(replay: object, replays: int, lead_s: float) -> float:
+        bursts.append((replays, bool(profiling)))
+        return 2e-3
+
+    monkeypatch.setattr(gaps, "profile", Profile)
+    monkeypatch.setattr(gaps.samplers, "between_events", burst)
+    monkeypatch.setattr(gaps.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    found = gaps.breakdown(lambda: None, 2.5e-3)
+    assert bursts == [(8, False), (8, True)]
+    assert found is not None and found.replay_us == 2e3
+    assert [kernel.name for kernel in found.kernels] == ["norm_kernel"], "the lead is no part of it"
 
 
 def test_a_replayed_op_is_captured_once_for_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from reelforge.bench import h200, machine, peers, promote, supervise
 from reelforge.bench.arms import Arm
 from reelforge.bench.cases.case import Case, Work
 from reelforge.bench.record_files import read
-from reelforge.bench.records import OURS, Quality, Record
+from reelforge.bench.records import OURS, Quality, Record, Verdict
 from reelforge.bench.session import WHOLE, Session
 from reelforge.bench.supervise import Folder, Outcome
 from reelforge.bench.worker import Job
@@ -21,7 +22,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine w
 
 
 def arguments(out: Path, *sections: str, quick: bool = True, resume: bool = False) -> argparse.Namespace:
-    return argparse.Namespace(out=out, section=list(sections), quick=quick, resume=resume)
+    return argparse.Namespace(out=out, section=list(sections), quick=quick, resume=resume, limit=None)
 
 
 def run(folder: Folder, quick: bool = True) -> h200.Run:
@@ -76,6 +77,52 @@ def test_jobs_share_what_is_left_of_a_section(tmp_path: Path, monkeypatch: pytes
     assert len(outcomes) == 3 and shares == pytest.approx([30, 45, 90], abs=1), "unused time goes to those behind"
 
 
+class Clock:
+    """Time that passes only while a section works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "limits"),
+    [(None, [120, 480, 420]), (510.0, [60, 290, 210])],  # the first takes 10 s, the second all it may
+)
+def test_a_limit_is_shared_and_what_is_left_is_the_next_sections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_s: float | None, limits: list[float]
+) -> None:
+    clock, given = Clock(), []
+
+    def section(run: h200.Run, name: str, limit: float, left: float) -> bool:
+        given.append(limit)
+        clock.now += 10 if name == "peaks" else limit
+        return True
+
+    monkeypatch.setattr(h200, "_section", section)
+    monkeypatch.setattr(h200, "time", clock)
+    with Folder(tmp_path) as folder:
+        assert h200._sections(run(folder, quick=False), ["peaks", "accuracy", "sanitizer"], limit_s) == [True] * 3
+    assert given == pytest.approx(limits)
+
+
+def test_families_are_checked_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, str]] = []
+
+    def run_all(jobs: list[Job], folder: Folder, deadline: float, parallel: int, **options: tuple) -> list[Outcome]:
+        asked.append((len(jobs), parallel, options["launcher"][options["launcher"].index("--tool") + 1]))
+        return [Outcome(True, 0, 0)] * len(jobs)
+
+    monkeypatch.setattr(supervise, "run_all", run_all)
+    monkeypatch.setattr(h200.shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    with Folder(tmp_path) as folder:
+        outcomes = h200._sanitizer(h200.Run(folder, False, False, interpreted=False), time.monotonic() + 60)
+    families = len(h200.runner.families())
+    assert asked == [(families, 4, "memcheck"), (families, 4, "racecheck")] and len(outcomes) == 2 * families
+
+
 # -- proofs ------------------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +150,24 @@ def test_only_a_finished_run_proves_and_a_lost_case_proves_nothing(
             folder.append(accuracy_record(op, arm, f"{op} {arm}"))
         h200._promote(run(folder, quick=False), finished)
     assert judged == [(["gelu"], not finished)]
+
+
+def test_a_lost_case_that_has_run_since_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[str] = []
+
+    def judge(records: list[Record], path: Path, check: bool) -> list[promote.Outcome]:
+        judged.extend(record.verdict.status or record.identity.arm for record in records if record.identity.ours)
+        return []
+
+    monkeypatch.setattr(promote, "promote", judge)
+    ran, lost = (accuracy_record("gelu", arm, "gelu a") for arm in (OURS, WHOLE))
+    crashed = replace(ran, quality=None, verdict=Verdict(status="failed: its process ended with SIGSEGV"))
+    wrong = replace(ran, verdict=Verdict(status="wrong"))
+    with Folder(tmp_path) as folder:
+        for each in (lost, crashed, wrong, ran):
+            folder.append(each)
+        h200._promote(run(folder), True)
+    assert judged == ["wrong", OURS], "a wrong result stays one"
 
 
 def test_a_checkers_verdict_is_read_and_its_files_are_joined(tmp_path: Path) -> None:

@@ -101,18 +101,31 @@ def test_nothing_lost_is_said(run: list[Entry]) -> None:
     assert "0 of 1 comparisons." in page and rows(page, "### Where a peer is faster") == []
 
 
-def test_invalid_records_are_listed_with_their_reasons_and_nowhere_else(page: str) -> None:
+def test_invalid_records_are_listed_with_their_reasons_and_times_and_nowhere_else(run: list[Entry], page: str) -> None:
+    refused = {
+        Path(entry.origin).name: [
+            entry.record.timing.l2,
+            number(entry.record.timing.median_us),
+            "; ".join(f"{arm} {report.ratio_cell(ratio)}" for arm, ratio in entry.record.derived.ratio_vs.items())
+            or "–",
+        ]
+        for entry in run
+        if entry.reasons
+    }
     assert rows(page, "## Invalid records, in no table above")[2:] == [
-        ["run.jsonl:61", "ema_lerp 1.3B 32760", "ours", "throttled: sw_power_cap"],
-        ["run.jsonl:62", "sde_step 1.3B 32760", "ours", "rel-L2 0.02 is above its tolerance 0.004"],
-        ["run.jsonl:63", "sde_step 1.3B 32760", "eager", "no clock stamps"],
+        [*each, *refused[each[0]]]
+        for each in (
+            ("run.jsonl:61", "ema_lerp 1.3B 32760", "ours", "throttled: sw_power_cap"),
+            ("run.jsonl:62", "sde_step 1.3B 32760", "ours", "rel-L2 0.02 is above its tolerance 0.004"),
+            ("run.jsonl:63", "sde_step 1.3B 32760", "eager", "no clock stamps"),
+        )
     ]
     assert "### sde_step" not in page and "### ema_lerp" not in page
 
 
 def test_a_line_that_is_no_record_is_listed(run: list[Entry]) -> None:
     page = render([*run, Entry("a/b.jsonl:7", None, ("not JSON | at all",))])
-    assert "| b.jsonl:7 | – | – | not JSON \\| at all |" in page
+    assert "| b.jsonl:7 | – | – | not JSON \\| at all | – | – | – |" in page
 
 
 def test_accuracy_runs_are_in_the_accuracy_table(page: str) -> None:

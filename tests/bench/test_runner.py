@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelforge.bench import accuracy, cost, machine, measure, runner, supervise, tables
+from reelforge.bench import accuracy, cost, machine, measure, runner, supervise, tables, worker
 from reelforge.bench.arms import Arm
 from reelforge.bench.cases.case import Case, Draw, Operands, Work
 from reelforge.bench.record_files import read
-from reelforge.bench.records import OURS, Record
+from reelforge.bench.records import OURS, Record, Stamps, parse
 from reelforge.bench.session import WHOLE, Session
 from reelforge.bench.supervise import Folder
 from reelforge.bench.worker import Job, Kind
@@ -193,18 +193,75 @@ def test_forward_cases_carry_no_gradients_and_backward_cases_do() -> None:
     assert records[0].quality is not None and records[0].quality.gate == "pass"
 
 
-def test_clocks_that_differ_are_measured_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns: list[float] = []
+class Bursts:
+    """What a sampler was told of the length of its turns."""
 
-    def once(told: Session, samplers: dict, active: Callable) -> tuple[dict, dict]:
-        turns.append(0.05)
-        from reelforge.bench.records import Stamps
+    def __init__(self) -> None:
+        self.told: list[float] = []
 
-        return {"a": len(turns)}, {"a": Stamps(True, sm_clock_spread=0.05 if len(turns) == 1 else 0.01)}
+    def burst(self, seconds: float) -> None:
+        self.told.append(seconds)
+
+
+@pytest.mark.parametrize(
+    ("first", "rests", "bursts"),
+    [
+        (Stamps(True, sm_clock_spread=0.05), [1.0, 8.0], [5e-3]),
+        (Stamps(False, throttle_reasons=("gpu_idle", "sw_power_cap")), [1.0, 8.0], [5e-3]),
+        (Stamps(True, sm_clock_spread=0.01, throttle_reasons=("gpu_idle",)), [1.0], []),
+        (Stamps(False, note="no NVML here"), [1.0], []),
+    ],
+    ids=["clocks that differ", "throttled", "sound", "unknown"],
+)
+def test_what_ran_at_slow_clocks_is_measured_once_more_and_gently(
+    monkeypatch: pytest.MonkeyPatch, first: Stamps, rests: list[float], bursts: list[float]
+) -> None:
+    rested: list[float] = []
+
+    def once(told: Session, samplers: dict, active: Callable, rest: float) -> tuple[dict, dict]:
+        rested.append(rest)
+        return {"a": len(rested)}, {"a": first}
 
     monkeypatch.setattr(measure, "_interleave", once)
-    times, clocks = measure.interleave(session(), {}, lambda name: None)
-    assert len(turns) == 2 and times == {"a": 2} and clocks["a"].sm_clock_spread == 0.01
+    sampler = Bursts()
+    times, _ = measure.interleave(session(), {"a": sampler}, lambda name: None)
+    assert (rested, sampler.told, times) == (rests, bursts, {"a": len(rests)})
+
+
+def test_what_compiles_comes_last_and_beside_the_first_arm() -> None:
+    begun: list[str] = []
+    told = session(begin=lambda record: begun.append(record.identity.arm))
+    late = Arm("compiled", "compiled", slow)
+    records = list(measure.rates(told, case(), [ARMS[0], late, ARMS[1]]))
+    timed = [(r.identity.arm, r.timing.l2) for r in records if r.timing]
+    assert timed == [
+        (OURS, "cold"), ("slow", "cold"), (OURS, "warm"), ("slow", "warm"),
+        (OURS, "cold"), ("compiled", "cold"), (OURS, "warm"), ("compiled", "warm"),
+    ]  # fmt: skip
+    assert begun.index("compiled") > begun.index("slow") + 2, "not even called before the others' times are taken"
+    assert set(records[-2].derived.ratio_vs) == {"slow", "compiled"}, "and no ratio is lost"
+    row = tables.rates(case(), records).splitlines()[-1].split()
+    assert row[0] == "compiled" and float(row[-2]) > 0 and len(row) == 11 + 1
+
+
+def test_a_late_arm_that_fails_leaves_the_others_times() -> None:
+    late = Arm("compiled", "compiled", fails)
+    records = list(measure.rates(session(), case(), [*ARMS[:2], late]))
+    assert sum(record.timing is not None for record in records) == 4 + 2
+    assert [r.verdict.status for r in records if r.identity.arm == "compiled"] == [
+        "failed: RuntimeError: CUDA out of memory: tried to allocate"
+    ]
+
+
+def test_arms_that_compile_are_left_out_late_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    affordable = worker._affordable(Job("peers", budget_s=100.0))
+    arms = [Arm(name, name, product) for name in ("cudnn", "flex", "compiled")]
+    now[0] = 59.0
+    assert affordable(arms) == arms
+    now[0] = 61.0
+    assert [arm.name for arm in affordable(arms)] == ["cudnn"]
 
 
 def test_a_lost_context_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,6 +298,8 @@ for name, record in events:
         os._exit(7)
     elif name == "hang":
         time.sleep(60)
+    elif name == "end":
+        print(json.dumps({"end": True}), flush=True)
 """
 
 
@@ -302,6 +361,60 @@ def test_a_hanging_arm_is_ended(tmp_path: Path) -> None:
     outcome, found, _ = follow(tmp_path, events, step_limit_s=1.0)
     assert outcome == supervise.Outcome(True, 0, 1)
     assert found[0].verdict.status == "failed: no progress for 1 s"
+
+
+@pytest.mark.parametrize("end", ["die", "hang"])
+def test_what_a_worker_does_after_its_last_line_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(supervise, "_EXIT_S", 0.5)
+    events = [("begin", record("a", OURS)), ("record", record("a", OURS)), ("end", None), (end, None)]
+    start = time.monotonic()
+    outcome, found, _ = follow(tmp_path, events)
+    assert outcome == supervise.Outcome(True, 1, 0) and time.monotonic() - start < 8
+    assert [each.verdict.status for each in found] == [None]
+
+
+def test_a_case_whose_times_are_there_is_not_run_again_for_what_compiles(tmp_path: Path) -> None:
+    warm = next(r for r in measure.rates(session(), case(), ARMS[:1]) if r.timing and r.timing.l2 == "warm")
+    warm = replace(warm, identity=replace(warm.identity, case_id="a"))
+    events = [
+        ("begin", record("a", OURS)), ("record", warm.table()),
+        ("begin", record("a", "compiled")), ("die", record("a", "compiled")),
+        ("begin", record("b", OURS)), ("record", record("b", OURS)),
+    ]  # fmt: skip
+    outcome, found, _ = follow(tmp_path, events)
+    assert outcome == supervise.Outcome(True, 2, 1)
+    assert [(each.identity.case_id, each.identity.arm) for each in found] == [
+        ("a", OURS), ("a", "compiled"), ("b", OURS),
+    ]  # fmt: skip
+
+
+def test_a_worker_says_that_it_is_done_and_goes_at_once(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(worker, "run", lambda job, device: iter([{"note": "x"}]))
+    monkeypatch.setattr(worker.os, "_exit", codes.append)
+    assert worker.main([Job("accuracy").text()]) == 0 and codes == [0]
+    assert capsys.readouterr().out.splitlines() == ['{"note": "x"}', '{"end": true}']
+    assert worker.main([Job("sanitize").text()]) == 0 and codes == [0], "a checker sees a regular exit"
+
+
+def settled(*records: dict) -> set[str]:
+    return worker._settled([parse(each) for each in records])
+
+
+def test_what_was_lost_is_tried_again() -> None:
+    ran = {**record("a", OURS), "quality": {"rel_l2": 0.0, "tolerance": 1e-6, "gate": "pass"}}
+    crashed, whole = record("a", "cudnn"), record("a", WHOLE)
+    assert settled(ran) == {"a"}
+    assert settled(whole) == settled(ran, crashed) == settled(crashed, ran) == settled(ran, whole) == set()
+    assert settled(whole, ran) == {"a"}
+    peer = {**ran, "identity": crashed["identity"]}
+    assert settled(crashed, ran, peer) == {"a"}, "it ran later"
+    rate = {**crashed, "identity": {**crashed["identity"], "kind": "rate"}}
+    warm = next(r for r in measure.rates(session(), case(), ARMS[:1]) if r.timing and r.timing.l2 == "warm")
+    timed = replace(warm, identity=replace(warm.identity, case_id="a")).table()
+    assert settled(rate) == set() and settled(timed, rate) == settled(rate, timed) == {"a"}
 
 
 def test_time_is_up_and_what_was_recorded_counts(tmp_path: Path) -> None:

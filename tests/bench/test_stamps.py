@@ -24,6 +24,10 @@ class ExampleNvml:
         self.fails_after: int | None = None
         self.lacks: set[str] = set()
 
+    def require(self, what: str) -> None:
+        if what in self.lacks:
+            raise self.NVMLError("Not Supported")
+
     def nvmlInit(self) -> None:
         if "library" in self.lacks:
             raise self.NVMLError("NVML Shared Library Not Found")
@@ -35,15 +39,19 @@ class ExampleNvml:
 
     def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
         assert handle == "handle"
+        self.require("SM clock" if kind == self.NVML_CLOCK_SM else "memory clock")
         return self.sm_mhz if kind == self.NVML_CLOCK_SM else 3201
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        self.require("power")
         return 500_000
 
     def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
+        self.require("temperature")
         return 45
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        self.require("energy")
         self.energy_mj += 250
         return self.energy_mj
 
@@ -172,6 +180,26 @@ def test_a_device_that_is_lost_meanwhile_spoils_the_stamps(nvml: Nvml) -> None:
                 pass
     found = sampler.stamps()["ours"]
     assert not found.valid and found.note == "NVML: GPU is lost"
+
+
+def test_what_a_device_does_not_tell_is_left_out(nvml: Nvml) -> None:
+    nvml.module.lacks = {"power", "temperature", "energy", "memory clock"}
+    with Sampler(nvml, period_s=60) as sampler, sampler.arm("ours"):
+        pass
+    found = sampler.stamps()["ours"]
+    assert found == Stamps(True, 1, Span(1980.0, 1980.0, 1980.0))
+    nvml.module.lacks = {"energy"}
+    with Sampler(nvml, period_s=60) as sampler, sampler.arm("ours"):
+        pass
+    assert sampler.stamps()["ours"].temp_c == Span(45.0, 45.0, 45.0)
+
+
+def test_a_device_without_clocks_has_no_stamps(nvml: Nvml) -> None:
+    nvml.module.lacks = {"SM clock"}
+    with Sampler(nvml, period_s=60) as sampler, sampler.arm("ours"):
+        pass
+    found = sampler.stamps()["ours"]
+    assert not found.valid and found.note == "NVML: Not Supported"
 
 
 def test_why_there_is_no_nvml() -> None:

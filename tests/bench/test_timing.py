@@ -23,23 +23,35 @@ class Scripted:
     def __init__(self, name: str, seconds: list[float], order: list[str]) -> None:
         self._name, self._seconds, self._order = name, iter(seconds), order
 
-    def sample(self) -> tuple[float, ...]:
+    def burst(self, seconds: float) -> None:
+        raise AssertionError("nobody asked for it")
+
+    def sample(self, running: timing.Running = nullcontext) -> tuple[float, ...]:
         self._order.append(self._name)
-        return (next(self._seconds),)
+        with running():
+            return (next(self._seconds),)
 
 
 def test_arms_take_turns_and_each_is_watched() -> None:
     order: list[str] = []
     watched: list[str] = []
 
+    active: list[str] = []
+
     @contextmanager
     def watch(arm: str) -> Iterator[None]:
+        assert active[-1] == arm == order[-1], "inside the arm's turn"
         watched.append(arm)
         yield
 
+    @contextmanager
+    def activate(arm: str) -> Iterator[None]:
+        active.append(arm)
+        yield
+
     arms = {name: Scripted(name, [1e-6] * 3, order) for name in "abc"}
-    times = timing.interleave(arms, 3, watch)
-    assert order == watched == list("abcabcabc")
+    times = timing.interleave(arms, 3, watch, activate)
+    assert order == watched == active == list("abcabcabc")
     assert [len(times[name].rounds) for name in "abc"] == [3, 3, 3]
 
 
@@ -55,6 +67,15 @@ def test_ratios_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> Non
     ratio = times["a"].ratios(times["b"])
     assert ratio.median == ratio.p20 == ratio.p80 == 2.0
     assert times["a"].seconds.median == 3.0
+
+
+def test_the_rest_is_in_lengths_of_the_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    now = iter(range(100))
+    clock = SimpleNamespace(sleep=slept.append, perf_counter=lambda: float(next(now)))
+    monkeypatch.setattr(timing, "time", clock)
+    times = timing.interleave({"a": Scripted("a", [1e-6] * 2, [])}, 2, rest=8.0)
+    assert slept == [8.0, 8.0] and times["a"].rest == 8.0
 
 
 def test_spread_interpolates_and_stays_in_order() -> None:
@@ -81,13 +102,18 @@ class Gpu:
     Attributes:
         now: seconds.
         spins, flushes, calls: what was asked of it.
+        awaited: events that the host waited for.
+        synced: calls when the host last waited for all of it.
         capturing: calls of the graph that is being captured.
+        refuses: what it does with calls that synchronise.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
         self.spins: list[int] = []
-        self.flushes = self.calls = 0
+        self.flushes = self.calls = self.synced = 0
+        self.awaited: list[object] = []
+        self.refuses: int | str = 0
         self.capturing: list[Callable[[], None]] | None = None
 
     def zero_(self) -> None:
@@ -101,6 +127,12 @@ class Gpu:
             self.now += seconds
 
         return lambda: work() if self.capturing is None else self.capturing.append(work)
+
+    def synchronize(self, device: object = None) -> None:
+        self.synced = self.calls
+
+    def refuse(self, mode: int | str) -> None:
+        self.refuses = mode
 
     @contextmanager
     def capture(self, graph: "Graph", capture_error_mode: str) -> Iterator[None]:
@@ -130,6 +162,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         def record(self) -> None:
             self.at = made.now
 
+        def synchronize(self) -> None:
+            made.awaited.append(self)
+
         def elapsed_time(self, other: "Event") -> float:
             return 1e3 * (other.at - self.at)
 
@@ -138,7 +173,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
         "Event": Event,
         "CUDAGraph": Graph,
         "graph": made.capture,
-        "synchronize": lambda device=None: None,
+        "synchronize": made.synchronize,
+        "get_sync_debug_mode": lambda: made.refuses,
+        "set_sync_debug_mode": made.refuse,
         "_sleep": made.spins.append,
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
@@ -180,6 +217,55 @@ def test_short_warm_calls_are_captured_in_a_graph(gpu: Gpu) -> None:
 
 def test_what_a_graph_does_not_take_is_timed_by_events(gpu: Gpu) -> None:
     assert samplers.sampler(gpu.call(2e-5), CUDA, "warm", graph=False).method == "event"
+
+
+@pytest.mark.parametrize(("seconds", "l2"), [(2e-3, "cold"), (1e-3, "warm"), (4e-6, "warm")])
+def test_clocks_are_watched_from_the_first_event_on(gpu: Gpu, seconds: float, l2: timing.L2) -> None:
+    sampler = samplers.sampler(gpu.call(seconds), CUDA, l2)
+    gpu.awaited.clear()
+    seen: list[tuple[int, bool]] = []
+
+    @contextmanager
+    def running() -> Iterator[None]:
+        seen.append((len(gpu.awaited), gpu.synced < gpu.calls))
+        yield
+        assert gpu.synced == gpu.calls, "the work ends inside"
+
+    sampler.sample(running)
+    assert seen == [(1, True)], "behind the spin, with the work still to be waited for"
+
+
+@pytest.mark.parametrize(("seconds", "l2", "share"), [(1e-3, "cold", 5), (1e-3, "warm", 5), (4e-6, "warm", 5 * 250)])
+def test_a_turn_can_be_shortened(gpu: Gpu, seconds: float, l2: timing.L2, share: int) -> None:
+    sampler = samplers.sampler(gpu.call(seconds), CUDA, l2)
+    sampler.burst(5e-3)
+    before = gpu.calls
+    assert sampler.sample() == pytest.approx((seconds,) * (share if l2 == "cold" else 1))
+    assert gpu.calls - before == share
+
+
+def test_the_warm_up_waits_for_the_gpu_and_takes_its_time(gpu: Gpu) -> None:
+    calls: list[bool] = []
+
+    def call() -> None:
+        calls.append(gpu.synced == gpu.calls)
+        gpu.call(1e-4)()
+
+    assert samplers._warm_up(call, gpu.synchronize) == len(calls) >= 499 and all(calls)
+
+
+def test_a_call_that_synchronises_is_not_captured(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[Graph] = []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: captured.append(graph))
+    work = gpu.call(2e-5)
+
+    def call() -> None:
+        if gpu.refuses == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        work()
+
+    assert samplers.sampler(call, CUDA, "warm").method == "event"
+    assert not captured and gpu.refuses == 0, "and it may synchronise again"
 
 
 def test_a_capture_that_fails_falls_back_to_events(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
