@@ -12,6 +12,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# A model with every part of Wan's, and the height and width of its latents.
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 256,
+    "num_layers": 2,
+}
+SIZE = (8, 8)
+
 _COPIES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 _MASKED = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
 _WAITING = {
@@ -29,7 +40,15 @@ class HostSync(AssertionError):
 
 
 class SyncGuard(TorchDispatchMode):
-    """Raises :class:`HostSync` at an operator that reads the device from the host, or copies between them."""
+    """Raises :class:`HostSync` at an operator that reads the device from the host, or copies between them.
+
+    Attributes:
+        watched: names of the operators it saw pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watched: list[str] = []
 
     def __torch_dispatch__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -42,6 +61,7 @@ class SyncGuard(TorchDispatchMode):
         after = {leaf.device.type for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
         if before and after - before or len(before) > 1:
             raise HostSync(f"{operator} copies between {sorted(before | after)}")
+        self.watched.append(str(operator))
         return result
 
 

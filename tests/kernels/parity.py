@@ -4,7 +4,7 @@ Inputs are random; outputs of ``torch.empty`` are NaN beforehand, so a kernel th
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ def triton(op: str, implementation: str = "triton") -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def every_op(implementation: str) -> Iterator[None]:
+    """Run every op that has ``implementation`` by it; attention's gradient needs a library's."""
+    dispatch.load()
+    with ExitStack() as stack:
+        for op, names in dispatch.implementations().items():
+            if implementation in names and not (op == "attention" and torch.is_grad_enabled()):
+                stack.enter_context(dispatch.pinned(op, implementation))
+        yield
 
 
 def double(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -28,7 +28,7 @@ def run(*tensors: Tensor) -> Tensor:
         return attention(*tensors)
 
 
-def check(*tensors: Tensor, slack: float = SLACK) -> Tensor:
+def assert_near_fp64(*tensors: Tensor, slack: float = SLACK) -> Tensor:
     """Result of the kernel, which must be within rounding of the formula."""
     out = run(*tensors)
     assert out.dtype == tensors[0].dtype and out.is_contiguous()
@@ -40,12 +40,12 @@ def check(*tensors: Tensor, slack: float = SLACK) -> Tensor:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_kernel_against_fp64(lengths: tuple[int, int], head_dim: int, dtype: torch.dtype) -> None:
-    check(*operands(lengths, head_dim, dtype))
+    assert_near_fp64(*operands(lengths, head_dim, dtype))
 
 
 @pytest.mark.parametrize("head_dim", [1, 96, 200, 256])
 def test_other_head_sizes(head_dim: int) -> None:
-    check(*operands((17, 70), head_dim, torch.bfloat16))
+    assert_near_fp64(*operands((17, 70), head_dim, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -58,14 +58,14 @@ def test_views_of_caches_are_read_in_place(dtype: torch.dtype) -> None:
         buffer = torch.full(shape, torch.nan, dtype=dtype, device=parity.DEVICE)
         views.append(buffer[:, 3 : 3 + tensor.shape[1], -1, -2:, :32])
         views[-1].copy_(tensor)
-    assert torch.equal(check(*views), run(*tensors))
+    assert torch.equal(assert_near_fp64(*views), run(*tensors))
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_one_score_far_above_the_rest(dtype: torch.dtype) -> None:
     q, k, v = operands((70, 130), 64, dtype)
     k[:, 100] = q[:, 3] * (50 * 8 / q[:, 3].float().square().sum(-1, keepdim=True)).to(dtype)
-    out = check(q, k, v)
+    out = assert_near_fp64(q, k, v)
     torch.testing.assert_close(out[:, 3], v[:, 100], rtol=1e-2, atol=1e-2)
 
 
@@ -74,13 +74,13 @@ def test_one_score_far_above_the_rest(dtype: torch.dtype) -> None:
 def test_the_maximum_moves_with_every_tile(order: int, dtype: torch.dtype) -> None:
     q, k, v = operands((33, 300), 32, dtype)
     q[..., 0], k[..., 0] = 8.0, order * torch.arange(300, device=k.device)[None, :, None].to(dtype) / 32
-    check(q, k, v)
+    assert_near_fp64(q, k, v)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 def test_equal_keys_average_the_values(dtype: torch.dtype) -> None:
     q, k, v = operands((33, 130), 32, dtype)
-    out = check(q, k[:, :1].expand_as(k).contiguous(), v)
+    out = assert_near_fp64(q, k[:, :1].expand_as(k).contiguous(), v)
     parity.assert_close(out, v.double().mean(1, keepdim=True).expand_as(out), dtype, SLACK)
 
 
@@ -88,7 +88,7 @@ def test_equal_keys_average_the_values(dtype: torch.dtype) -> None:
 def test_zero_rows_give_no_nan(dtype: torch.dtype) -> None:
     q, k, v = operands((33, 130), 32, dtype)
     q[:, ::2], k[:, ::3], v[:, ::5] = 0, 0, 0
-    out = check(q, k, v)
+    out = assert_near_fp64(q, k, v)
     parity.assert_close(out[:, ::2], v.double().mean(1, keepdim=True).expand_as(out[:, ::2]), dtype, SLACK)
     assert not run(q, k, torch.zeros_like(v)).any()
 
@@ -97,7 +97,7 @@ def test_zero_rows_give_no_nan(dtype: torch.dtype) -> None:
 def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     """Integers times 64, whose scores up to 1e5 are exact in fp32: ties share, all else vanishes."""
     q, k = (parity.randn(seed, 2, n, 2, 16).round() * 64 for seed, n in ((0, 33), (1, 130)))
-    check(q.to(dtype), k.to(dtype), parity.randn(2, 2, 130, 2, 16, dtype=dtype))
+    assert_near_fp64(q.to(dtype), k.to(dtype), parity.randn(2, 2, 130, 2, 16, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)

@@ -75,8 +75,9 @@ def test_the_reference_does_not_wait_for_a_device() -> None:
         shadows = [torch.randn(3, 5, device="cuda")]
         lives = [torch.randn(3, 5, dtype=torch.bfloat16, device="cuda")]
         weight = torch.full((), 0.5, device="cuda")
-        with SyncGuard():
+        with SyncGuard() as guard:
             ema_lerp.reference(shadows, lives, weight)
+    assert any("_foreach_add_" in name for name in guard.watched)
 
 
 def test_a_mismatch_is_found_before_anything_changes() -> None:

@@ -31,7 +31,7 @@ def call(function: object, heads: int, q: Tensor, k: Tensor, *rest: Tensor, roun
     return function(q, k, q_weight, k_weight, (cos, sin), heads, EPS, round_norm=round_norm)  # type: ignore[operator]
 
 
-def check(heads: int, tensors: list[Tensor]) -> None:
+def assert_near_fp64(heads: int, tensors: list[Tensor]) -> None:
     with parity.triton("qk_norm_rope"):
         parity.check_gradients(
             lambda *given: call(qk_norm_rope.qk_norm_rope, heads, *given),
@@ -43,19 +43,19 @@ def check(heads: int, tensors: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel_against_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    check(shape[2], draw(*shape, dtype=dtype))
+    assert_near_fp64(shape[2], draw(*shape, dtype=dtype))
 
 
 def test_weights_may_have_the_models_dtype() -> None:
     q, k, *weights, cos, sin = draw(1, 9, 3, 32)
-    check(3, [q, k, *(weight.detach().half().requires_grad_() for weight in weights), cos, sin])
+    assert_near_fp64(3, [q, k, *(weight.detach().half().requires_grad_() for weight in weights), cos, sin])
 
 
 @pytest.mark.parametrize("heads", [2, 12])
 def test_columns_of_one_qkv_product(heads: int) -> None:
     q, k, *rest = draw(2, 3, heads, 128, torch.bfloat16)
     fused = torch.cat((k, q, k), dim=-1).detach()
-    check(heads, [*(part.detach().requires_grad_() for part in fused.chunk(3, dim=-1)[1:]), *rest])
+    assert_near_fp64(heads, [*(part.detach().requires_grad_() for part in fused.chunk(3, dim=-1)[1:]), *rest])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

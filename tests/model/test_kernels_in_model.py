@@ -1,18 +1,14 @@
 """The whole model on its fused kernels equals the model on the references: forward, backward, cached chunks."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
 import pytest
 import torch
-from parity import DEVICE, randn
+from parity import DEVICE, every_op, randn
 from torch import Tensor
 
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import generation
 from reelforge.engine.model.layout import chunk_causal
 from reelforge.engine.model.wan import WanTransformer
-from reelforge.kernels import dispatch
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -23,17 +19,6 @@ CONFIG = {
     "num_layers": 2,
 }
 LATENTS = (2, 16, 3, 4, 6)
-
-
-@contextmanager
-def kernels(implementation: str) -> Iterator[None]:
-    """Every op that the model calls by ``implementation``; attention's gradient needs a library's."""
-    dispatch.load()
-    with ExitStack() as stack:
-        for op, names in dispatch.implementations().items():
-            if implementation in names and not (op == "attention" and torch.is_grad_enabled()):
-                stack.enter_context(dispatch.pinned(op, implementation))
-        yield
 
 
 @pytest.fixture
@@ -53,7 +38,7 @@ def test_forward(model: WanTransformer, precision: str, timesteps: tuple[int, ..
     model.precision = precision  # type: ignore[assignment]
     with torch.no_grad():
         expected = model(*inputs(timesteps))
-        with kernels("triton"):
+        with every_op("triton"):
             torch.testing.assert_close(model(*inputs(timesteps)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -66,7 +51,7 @@ def test_gradients(model: WanTransformer) -> None:
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
-    with kernels("triton"):
+    with every_op("triton"):
         fused = gradients()
     assert fused.keys() == expected.keys()
     for name, gradient in fused.items():
@@ -90,7 +75,7 @@ def test_cached_chunks_write_the_cache_in_the_fused_kernel(model: WanTransformer
         return torch.cat(outputs, dim=2)
 
     expected = rollout()
-    with kernels("triton"):
+    with every_op("triton"):
         torch.testing.assert_close(rollout(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -106,5 +91,5 @@ def test_chunked_sampling_on_fused_steps(model: WanTransformer, few_step: bool) 
 
     with torch.no_grad():
         expected = sample()
-        with kernels("triton"):
+        with every_op("triton"):
             torch.testing.assert_close(sample(), expected, rtol=1e-4, atol=1e-5)

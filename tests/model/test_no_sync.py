@@ -5,7 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from sync_guard import HostSync, SyncGuard, fake_cuda
+from parity import every_op
+from sync_guard import CONFIG, SIZE, HostSync, SyncGuard, fake_cuda
 
 from reelforge.engine.core import rng
 from reelforge.engine.flow.schedule import FlowSchedule
@@ -14,15 +15,15 @@ from reelforge.engine.model.layout import chunk_causal, packed_teacher_forcing
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.wan_config import WanConfig
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 256,
-    "num_layers": 2,
-}
-SIZE = (8, 8)
+# What each way of running must show the guard, or it guarded nothing.
+SEEN = {"torch": "aten.native_layer_norm", "triton": "reelforge.norm_modulate"}
+
+
+@pytest.fixture(params=SEEN, autouse=True)
+def seen(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An operator that a forward consists of; the references run, and then every Triton kernel."""
+    with torch.no_grad(), every_op(request.param):
+        yield SEEN[request.param]
 
 
 def model() -> WanTransformer:
@@ -39,17 +40,22 @@ def guidance(batch: int, scale: float) -> generation.Guidance:
 
 
 @pytest.mark.parametrize("layout", [None, chunk_causal((2, 2)), packed_teacher_forcing((1, 1))])
-def test_a_forward(layout: object) -> None:
+def test_a_forward(layout: object, seen: str) -> None:
     with fake_cuda():
         transformer, latents = model(), randn(1, 16, 4 if layout is None else len(layout.frame_index), *SIZE)
         timestep, text = randn(1), randn(1, 6, 32)
-        with SyncGuard():
-            transformer(latents, timestep, text, layout=layout)
+        with SyncGuard() as guard:
+            velocity = transformer(latents, timestep, text, layout=layout)
+    assert velocity.shape == latents.shape and velocity.device.type == "cuda"
+    assert any(name.startswith(seen) for name in guard.watched)
 
 
 @contextmanager
-def guarded_after_first_step() -> Iterator[Callable[[int], None]]:
-    """An ``on_step`` that guards a sampling run from its second step on: the grid is uploaded in the first."""
+def guarded_after_first_step(seen: str) -> Iterator[Callable[[int], None]]:
+    """An ``on_step`` that guards a sampling run from its second step on: the grid is uploaded in the first.
+
+    The guard must have seen the operator ``seen``.
+    """
     with ExitStack() as stack:
         guards: list[SyncGuard] = []
 
@@ -58,12 +64,12 @@ def guarded_after_first_step() -> Iterator[Callable[[int], None]]:
                 guards.append(stack.enter_context(SyncGuard()))
 
         yield on_step
-        assert guards
+        assert any(name.startswith(seen) for name in guards[0].watched)
 
 
-def test_chunk_steps_and_clean_passes() -> None:
+def test_chunk_steps_and_clean_passes(seen: str) -> None:
     grid = FlowSchedule("unipc_flow", 3.0).few_step((1000, 750, 500))
-    with fake_cuda(), guarded_after_first_step() as on_step:
+    with fake_cuda(), guarded_after_first_step(seen) as on_step:
         transformer, noise, keys = model(), randn(1, 16, 6, *SIZE), torch.arange(3, device="cuda")[:, None]
 
         def renoise(k: int) -> torch.Tensor:
@@ -73,9 +79,9 @@ def test_chunk_steps_and_clean_passes() -> None:
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
-def test_ode_sampling_with_guidance(solver: str) -> None:
+def test_ode_sampling_with_guidance(solver: str, seen: str) -> None:
     grid = FlowSchedule("unipc_flow", 3.0).grid(4)
-    with fake_cuda(), guarded_after_first_step() as on_step:
+    with fake_cuda(), guarded_after_first_step(seen) as on_step:
         transformer, noise = model(), randn(2, 16, 4, *SIZE)
         generation.sample_latents(transformer, guidance(2, 4.5), noise, grid, solver, on_step)
 

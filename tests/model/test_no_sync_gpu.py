@@ -4,10 +4,12 @@ What a run uploads, compiles or plans once, it does in a first pass outside the 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import pytest
 import torch
+from parity import every_op
+from sync_guard import CONFIG, SIZE
 
 from reelforge.engine.core import rng
 from reelforge.engine.flow.schedule import FlowSchedule
@@ -15,31 +17,15 @@ from reelforge.engine.flow.solver import SolverName
 from reelforge.engine.model import generation
 from reelforge.engine.model.layout import Layout, chunk_causal, packed_teacher_forcing
 from reelforge.engine.model.wan import WanTransformer
-from reelforge.kernels import dispatch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICE = torch.device("cuda")
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 64,
-    "text_dim": 32,
-    "freq_dim": 32,
-    "ffn_dim": 256,
-    "num_layers": 2,
-}
-SIZE = (8, 8)
 
 
 @pytest.fixture(params=["chosen", "triton"])
 def model(request: pytest.FixtureRequest) -> Iterator[WanTransformer]:
     """A model on the kernels that capability chooses, or on every Triton kernel, in the precision of a rollout."""
-    dispatch.load()
-    with ExitStack() as stack:
-        for op, names in dispatch.implementations().items():
-            if request.param in names:
-                stack.enter_context(dispatch.pinned(op, request.param))
-        stack.enter_context(generation.half_precision(DEVICE, True))
-        stack.enter_context(torch.no_grad())
+    with torch.no_grad(), every_op(request.param), generation.half_precision(DEVICE, True):
         yield WanTransformer.from_config(CONFIG, seed=1, device=DEVICE)
 
 
