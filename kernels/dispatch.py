@@ -118,7 +118,7 @@ def register(op: str, name: str, unfit: Unfit, module: ModuleType | None = None)
 
 
 def source_hash(module: ModuleType) -> str:
-    """Hash of a kernel's code and of the kernel modules it imports; comments and line numbers leave it as it is."""
+    """Hash of a kernel's code and of the kernel modules it imports; comments and docstrings leave it as it is."""
     seen: dict[str, Any] = {}
     _collect(module, seen)
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
@@ -126,6 +126,9 @@ def source_hash(module: ModuleType) -> str:
 
 def _collect(module: ModuleType, seen: dict[str, Any]) -> None:
     tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
     seen[module.__name__] = _plain(tree)
     for value in vars(module).values():
         value = getattr(value, "fn", value)  # a Triton kernel's function: an interpreted one hides its module
