@@ -60,7 +60,9 @@ def test_the_hash_covers_imported_kernels_and_nothing_but_code(monkeypatch: pyte
     source = {kernel.__name__: read(kernel) for kernel in kernels}
     monkeypatch.setattr(inspect, "getsource", lambda kernel: source.get(kernel.__name__) or read(kernel))
     before = dispatch.source_hash(module)
-    source[module.__name__] = "# a comment\n\n" + source[module.__name__].replace("LayerNorm followed", "A LayerNorm", 1)
+    reworded = source[module.__name__].replace("LayerNorm followed", "A LayerNorm followed", 1)
+    assert reworded != source[module.__name__]
+    source[module.__name__] = "# a comment\n\n" + reworded
     assert dispatch.source_hash(module) == before
     source["reelforge.kernels.tiling"] += "\n_ANOTHER = 1\n"
     assert dispatch.source_hash(module) != before
