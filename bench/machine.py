@@ -49,7 +49,7 @@ def _revision() -> str | None:
 
 def sources() -> dict[str, str]:
     """``op/implementation`` to the hash of its present source, for every imported kernel of ours."""
-    found = dispatch._registry.items()
+    found = dispatch.registered().items()
     return {f"{op}/{entry.name}": entry.source for op, entries in found for entry in entries if entry.source}
 
 

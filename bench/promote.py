@@ -113,7 +113,7 @@ def served(kernel: str, cases: Sequence[Case]) -> list[Case]:
     One that serves none here lacks this machine's GPU or library, which tells nothing of the cases: it has them all.
     """
     op, _, name = kernel.partition("/")
-    (unfit,) = (entry.unfit for entry in dispatch._registry[op] if entry.name == name)
+    (unfit,) = (entry.unfit for entry in dispatch.registered()[op] if entry.name == name)
     found = [case for case in cases if case.op == op]
     return [case for case in found if unfit(query(case)) is None] or found
 

@@ -230,6 +230,11 @@ def load() -> None:
         importlib.import_module(f"reelforge.kernels.{module.name}")
 
 
+def registered() -> dict[str, tuple[Implementation, ...]]:
+    """What each op's module registered, best first."""
+    return {op: tuple(found) for op, found in _registry.items()}
+
+
 def implementations() -> dict[str, list[str]]:
     """Every op with its implementations, best first."""
     return {op: [implementation.name for implementation in found] + [REFERENCE] for op, found in _registry.items()}
