@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("engine", "kernels", "stages", "bench")
 MAX_FILE_LINES, MAX_TOTAL_LINES = 400, 12_000
 MAX_FUNCTION_MEAN, MAX_KERNEL_FUNCTION_MEAN = 16, 40
+SCORERS = Path("engine/rewards/scoring.py")  # runs other people's scorers, whose every failure is a missing score
 SETTINGS, COMMAND_LINE = Path("engine/core/settings.py"), Path("stages/console.py")
 
 
@@ -107,7 +108,7 @@ def rule_bars() -> list[Bar]:
         "pickle, torch.load or torch.save": offenders(
             r"^\s*(import|from)\s+(pickle|dill|cloudpickle|marshal|shelve)\b|\btorch\.(load|save)\(|(gather|scatter|broadcast|send|recv)_object(_list)?\("
         ),
-        "except without a named error": offenders(r"^\s*except(\s+(Base)?Exception\b.*)?:"),
+        "except without a named error": offenders(r"^\s*except(\s+(Base)?Exception\b.*)?:", SCORERS),
         "print outside the command line": offenders(r"^\s*print\(", COMMAND_LINE),
         "environment outside settings.py": offenders(r"\bos\.(environ|getenv)\b", SETTINGS),
         "trust_remote_code": offenders(r"trust_remote_code"),

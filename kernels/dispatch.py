@@ -203,6 +203,11 @@ def pin(op: str, name: str | None) -> None:
     _choices.clear()
 
 
+def pins() -> tuple[tuple[str, str], ...]:
+    """What is forced now, (op, implementation)."""
+    return tuple(sorted(_pins.items()))
+
+
 @contextmanager
 def pinned(op: str, name: str) -> Iterator[None]:
     """:func:`pin` for a while."""

@@ -44,6 +44,14 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="names every random draw (default: %(default)s)")
 
 
+def _rlhf(parser: argparse.ArgumentParser) -> None:
+    _with_recipe(parser)
+    parser.add_argument(
+        "--preset", choices=("ours", "flash", "flow", "dance", "mix"),
+        help="lay a published method's settings over the recipe; see recipes/presets/",
+    )  # fmt: skip
+
+
 def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a model folder in diffusers' layout")
     parser.add_argument("--transformer", type=Path, help="transformer/ of another run in place of the folder's")
@@ -61,6 +69,7 @@ VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": ("the whole chain in miniature, on a CPU, with a report", "demo", _demo),
     "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
     "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
+    "rlhf": ("GRPO from rewards on a set of prompts", "rlhf", _rlhf),
     "generate": ("prompts to mp4 files", "generate", _generate),
     "bench": ("rates on a GPU, gates without one, records and their comparison", "bench", bench.add_arguments),
     "doctor": ("what this machine has, which kernels run and why", "doctor", lambda parser: None),

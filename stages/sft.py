@@ -124,7 +124,7 @@ def run(config: SftConfig) -> SftResult:
             say(f"{config.output} is finished: {weights} is there.")
         else:
             first_step = _train(config, device, weights)
-    return SftResult(weights, config.train.steps, first_step, _last_metrics(config.output))
+    return SftResult(weights, config.train.steps, first_step, last_metrics(config.output))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -187,7 +187,7 @@ def _load_model(config: SftConfig, device: torch.device) -> WanTransformer:
     return model
 
 
-def _last_metrics(root: Path) -> dict[str, Any]:
+def last_metrics(root: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for line in read_jsonl(root / "metrics.jsonl"):
         merged |= line

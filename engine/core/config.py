@@ -21,18 +21,21 @@ T = TypeVar("T")  # a frozen dataclass
 _MAX_EXTENDS = 8
 
 
-def load(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+def load(cls: type[T], path: Path | str, overrides: Sequence[str] = (), overlays: Sequence[Path] = ()) -> T:
     """Read a recipe into ``cls``.
 
     Args:
         cls: a frozen dataclass; nested dataclasses are tables.
         path: a TOML file.
         overrides: ``a.b=value`` strings, applied last.
+        overlays: further files whose keys replace the recipe's.
 
     Raises:
         ConfigError: unreadable file, unknown key, missing key or wrong type.
     """
     table = read_table(Path(path))
+    for overlay in overlays:
+        table = merge(table, read_table(overlay))
     for assignment in overrides:
         override(table, assignment)
     return build(cls, table)

@@ -8,6 +8,7 @@ the prefix ``base_model.model.`` these are PEFT's names, with ``transformer.`` t
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, config: LoraConfig) -> None:
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias, self.config = base.weight, base.bias, config
+        self.active = True
         shared: dict[str, Any] = {"bias": False, "device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.utils.skip_init(nn.Linear, base.in_features, config.rank, **shared)
         self.lora_B = nn.utils.skip_init(nn.Linear, config.rank, base.out_features, **shared)
@@ -76,6 +78,8 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
+        if not self.active:
+            return super().forward(x)
         inner = functional.linear(x, self.lora_A.weight.to(x.dtype))
         return super().forward(x) + self.scale * functional.linear(inner, self.lora_B.weight.to(inner.dtype))
 
@@ -119,6 +123,19 @@ def inject(model: nn.Module, config: LoraConfig, seed: int) -> None:
 def adapted_linears(model: nn.Module) -> dict[str, LoraLinear]:
     """The adapted linears by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes as it did before :func:`inject`."""
+    linears = adapted_linears(model).values()
+    for linear in linears:
+        linear.active = False
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.active = True
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -36,8 +36,8 @@ class LoopConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        batch_size: clips per step, over all ranks.
-        micro_batch_size: clips per forward; lower it when memory runs out, the result stays the same.
+        batch_size: clips per step, over all ranks; under RLHF, prompts.
+        micro_batch_size: clips (states) per training forward; lower it when memory runs out, the result stays the same.
         precision: ``bf16`` runs the forward under autocast; weights and optimizer are fp32 either way.
         seed: names every draw of the run.
         log_every: steps per line of metrics.jsonl.
@@ -68,11 +68,16 @@ class Hooks:
         losses: the micro-batch losses of a step on this rank (see :meth:`TrainState.optimizer_step`).
         at_checkpoint: measurements before a regular checkpoint (validation, previews); goes into metrics.jsonl.
         describe: more fields for the metrics line of a range of steps.
+        after_checkpoint: told what ``at_checkpoint`` measured, once that is written and the checkpoint is saved;
+            raise from it to end the run.
+        stride: steps that belong together; the run is saved and stopped between them only.
     """
 
     losses: Callable[[int], Iterable[Tensor]]
     at_checkpoint: Callable[[int], dict[str, Any]] = lambda step: {}
     describe: Callable[[range], dict[str, Any]] = lambda steps: {}
+    after_checkpoint: Callable[[dict[str, Any]], None] = lambda measured: None
+    stride: int = 1
 
 
 class _Window:
@@ -129,20 +134,21 @@ class TrainLoop:
 
     def _after_step(self, hooks: Hooks, log: JsonlLog | None, stop: StopRequest, window: "_Window") -> "_Window":
         step, last = self.state.step, self.state.step == self.config.steps
-        due = last or step % self.config.checkpoint_every == 0
+        between = step % hooks.stride == 0
+        due = last or (step % self.config.checkpoint_every == 0 and between)
         logging = last or step % self.config.log_every == 0
-        stopping = distributed.any_rank(stop.requested, self.state.device) and not last
+        stopping = between and distributed.any_rank(stop.requested, self.state.device) and not last
         if logging or due or stopping:
             facts = self.state.meter.read()
             self._check_streak(facts)
             if logging:
                 self._write_window(hooks, log, window, facts)
-        if due:
-            measured = hooks.at_checkpoint(step)
-            if log and measured:
-                log.write(step=step, **measured)
+        measured = hooks.at_checkpoint(step) if due else {}
+        if log and measured:
+            log.write(step=step, **measured)
         if due or stopping:
             self._save(must_succeed=last or stopping)
+            hooks.after_checkpoint(measured)
         if stopping:
             self._leave(stop)
         return _Window(step) if logging or due else window

@@ -4,7 +4,7 @@ Shared by every stage that trains a network. Nothing in a step waits for the dev
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,9 +106,18 @@ class TrainState:
         parameters: the trained weights by name, fp32, on one device.
         config: of the optimizer.
         steps: length of the run, for the learning-rate schedule.
+        carried: further tensors that belong to the run's state; checkpoints hold them, :meth:`restore` fills them.
+        observe: told the gradients of each step, summed over ranks and unclipped.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig, steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        steps: int,
+        carried: Mapping[str, Tensor] | None = None,
+        observe: Callable[[Sequence[Tensor]], None] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.steps = steps
@@ -124,13 +133,16 @@ class TrainState:
         )
         self.ema = Ema(self.parameters, config.ema_decay)
         self.meter = Meter(self.device)
+        self.carried = dict(carried or {})
+        self.observe = observe
 
     def optimizer_step(self, losses: Iterable[Tensor]) -> None:
         """One step on the sum of ``losses`` over this rank's micro-batches and all ranks.
 
         Args:
             losses: scalars, each a micro-batch's share of the global mean; taken one by one, each one's backward
-                before the next one's forward. When the sum or the gradient is not finite, nothing changes but ``step``.
+                before the next one's forward. When the sum or the gradient is not finite, nothing changes but ``step``;
+                nor does anything on a gradient of exactly 0, which momentum and weight decay would still follow.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -141,12 +153,15 @@ class TrainState:
         distributed.sum_([*gradients, total])
         norm = get_total_norm(gradients)
         good = total.isfinite() & norm.isfinite()
+        moves = good & (norm > 0)
+        if self.observe is not None:
+            self.observe(gradients)
         clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step, self.steps)
-        self.optimizer.found_inf = (~good).float()
+        self.optimizer.found_inf = (~moves).float()
         self.optimizer.step()
-        self.ema.update(good)
+        self.ema.update(moves)
         self.meter.add(total, norm, good)
         self.step += 1
 
@@ -157,7 +172,7 @@ class TrainState:
             for name, parameter in self.parameters.items()
             for moment, value in self.optimizer.state[parameter].items()
         }
-        counters = {"meter": self.meter.sums, "ema_updates": self.ema.updates}
+        counters = {"meter": self.meter.sums, "ema_updates": self.ema.updates, **self.carried}
         return {"weights": dict(self.parameters), "ema": self.ema.shadow, "adam": adam, "counters": counters}
 
     @torch.no_grad()
@@ -177,6 +192,8 @@ class TrainState:
             self.optimizer.state[self.parameters[name]][moment] = value.to(self.device)
         self.meter.sums = groups["counters"]["meter"].to(self.device)
         self.ema.updates.copy_(groups["counters"]["ema_updates"])
+        for name, tensor in self.carried.items():
+            tensor.copy_(groups["counters"][name])
         self.step = saved.step
 
 

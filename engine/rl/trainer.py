@@ -1,0 +1,162 @@
+"""One GRPO iteration after another: plan, rollout, scores, advantages, one optimizer step (or several)."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelforge.engine.core import distributed
+from reelforge.engine.flow import sde
+from reelforge.engine.rewards.scoring import Pending, Scoring
+from reelforge.engine.rl.advantage import Advantages, Fusion, step_weights
+from reelforge.engine.rl.loss import LossConfig, LossMeter, Targets, check_on_policy, losses
+from reelforge.engine.rl.plan import Group, Planner
+from reelforge.engine.rl.policy import Policy
+from reelforge.engine.rl.prompts import PromptSet
+from reelforge.engine.rl.rollout import Decision, Sampler
+from reelforge.engine.rl.statistics import GradientCosine, describe_rewards
+
+
+@dataclass
+class _Iteration:
+    """What an iteration's updates share."""
+
+    decisions: list[Decision]
+    targets: Targets
+    facts: dict[str, Any]
+
+
+class GrpoTask:
+    """Losses and facts of a run; all of them functions of the step and the weights.
+
+    Args:
+        policy: the network.
+        sampler: rolls out.
+        planner: lays out.
+        scoring: rewards.
+        fusion: rewards to advantages.
+        prompts: the prompt set.
+        config: the objective.
+        updates: optimizer steps per rollout; after the first one the ratio is against the stored velocities.
+        rollout_groups: groups that are rolled out, decoded and scored together.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: Sampler,
+        planner: Planner,
+        scoring: Scoring,
+        fusion: Fusion,
+        prompts: PromptSet,
+        config: LossConfig,
+        updates: int,
+        rollout_groups: int,
+    ) -> None:
+        self.policy, self.sampler, self.planner = policy, sampler, planner
+        self.scoring, self.fusion, self.prompts, self.config = scoring, fusion, prompts, config
+        self.updates, self.rollout_groups = updates, rollout_groups
+        self.device = policy.device
+        at = sde.coefficients(sampler.grid, range(sampler.grid.num_steps), sampler.rate)
+        self.lambda_ = at.lambda_
+        self.wanted = prompts.wanted(scoring.axes)
+        self.cosine = GradientCosine()
+        self._current: _Iteration | None = None
+        self._facts: list[dict[str, Any]] = []
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """This rank's share of an optimizer step, decision by decision."""
+        iteration, update = divmod(step, self.updates)
+        if update == 0:
+            self._current = self._roll_out(iteration)
+        assert self._current is not None, "a run continues at the start of an iteration"
+        meter = LossMeter(self.device)
+        start = time.monotonic()
+        yield from losses(self.policy, self._current.decisions, self._current.targets, self.config, meter)
+        if update == 0:
+            check_on_policy(meter)
+        facts = {**meter.means(), "train_s": time.monotonic() - start}
+        self._facts.append({**self._current.facts, **facts} if update == 0 else facts)
+        if update == self.updates - 1:
+            self._current = None  # frees states and velocities
+
+    def describe(self, steps: range) -> dict[str, Any]:
+        """The facts of the last optimizer steps: means of numbers, the last of everything else."""
+        del steps
+        merged: dict[str, Any] = {}
+        for name in dict.fromkeys(name for facts in self._facts for name in facts):
+            values = [facts[name] for facts in self._facts if name in facts]
+            numbers = [value for value in values if isinstance(value, int | float)]
+            merged[name] = sum(numbers) / len(numbers) if len(numbers) == len(values) else values[-1]
+        self._facts.clear()
+        return {**merged, "gradient_cosine": self.cosine.read()}
+
+    def _roll_out(self, iteration: int) -> _Iteration:
+        groups = self.planner.iteration(iteration)
+        own = self.planner.share(iteration, distributed.rank(), distributed.world_size())
+        self.policy.prepare([groups[slot].prompt for slot in own])
+        rewards = torch.zeros(len(self.scoring.axes), len(groups), self.sampler.config.group_size, dtype=torch.float64)
+        decisions: list[Decision] = []
+        pending: list[tuple[list[int], Pending]] = []
+        start, evaluations = time.monotonic(), 0
+        for slots in (own[first : first + self.rollout_groups] for first in range(0, len(own), self.rollout_groups)):
+            part = [groups[slot] for slot in slots]
+            rolled = self.sampler.run(self.policy, part, slots, iteration, self.device)
+            decisions += rolled.decisions
+            evaluations += rolled.evaluations
+            pending.append((slots, self.scoring.submit(rolled.latents, self._texts(part))))
+        rolled_out = time.monotonic()
+        for slots, scores in pending:
+            for axis, values in enumerate(scores.result()[name].values for name in self.scoring.axes):
+                rewards[axis, slots] = values.double().view(len(slots), -1)
+        waited = time.monotonic() - rolled_out
+        rewards = self._everywhere(rewards)
+        self.scoring.check_missing(rewards)
+        advantages = self.fusion(rewards, self._wanted(groups))
+        targets = self._targets(groups, advantages)
+        facts = {
+            "nfe": evaluations * self.policy.branches,
+            "rollout_s": rolled_out - start,
+            "decode_s": sum(scores.decode_s for _, scores in pending),
+            "score_s": sum(scores.score_s for _, scores in pending),
+            "wait_s": waited,
+            "lambda_weight": {str(k): w for k, w in enumerate(targets.weights.tolist()) if w},
+            **describe_rewards(self.scoring.axes, rewards, advantages, groups, self.sampler.config.distinct_noise),
+        }
+        return _Iteration(decisions, targets, facts)
+
+    def _texts(self, groups: Sequence[Group]) -> list[str]:
+        return [self.prompts.prompts[group.prompt] for group in groups for _ in range(self.sampler.config.group_size)]
+
+    def _wanted(self, groups: Sequence[Group]) -> Tensor | None:
+        return None if self.wanted is None else self.wanted[:, [group.prompt for group in groups]]
+
+    def _everywhere(self, rewards: Tensor) -> Tensor:
+        """The ranks' tables as one: each holds zeros where it has no samples, and NaN stays NaN."""
+        shared = rewards.to(self.device)
+        distributed.sum_([shared])
+        return shared.cpu()
+
+    def _targets(self, groups: Sequence[Group], advantages: Advantages) -> Targets:
+        counted = advantages.counted
+        trained = [group.trained for group in groups]
+        weights = step_weights(self.lambda_, trained, counted, self.config.rectify)
+        pulled = counted.double()
+        if self.config.kl.gate == "outranks":
+            pulled = pulled * outranks(advantages.per_reward)
+        decisions = sum(count * len(steps) for count, steps in zip(counted.sum(1).tolist(), trained, strict=True))
+        share = pulled / max(decisions, 1)
+        return Targets(advantages.values.flatten(1), counted.flatten(), weights, self.lambda_, share.flatten())
+
+
+def outranks(per_reward: Tensor) -> Tensor:
+    """Samples whose first reward ranks higher in its group than their other rewards do on average.
+
+    Args:
+        per_reward: ``[R,P,G]``.
+    """
+    ranks = per_reward.argsort(-1).argsort(-1).double()
+    return ranks[0] > ranks[1:].mean(0)
