@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from reelforge.engine.core import rng
 from reelforge.engine.core.config import require_positive
 from reelforge.engine.core.errors import ConfigError
 
@@ -46,6 +47,8 @@ class FusionConfig:
         clip: largest |advantage|.
         extremes: train only so many best and worst members of a group; 0 trains all.
         weights: of reward axes; what is not named has weight 1.
+        shuffled: hand the advantages to other samples: a control whose rewards say nothing, so that whatever changes is
+            the optimizer's walk on noise.
     """
 
     rule: Literal["each", "sum", "separate"] = "each"
@@ -56,6 +59,7 @@ class FusionConfig:
     clip: float = 5.0
     extremes: int = 0
     weights: tuple[AxisWeight, ...] = ()
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         require_positive(self, "floor", "clip")
@@ -157,6 +161,15 @@ class Fusion:
         best = fused.masked_fill(~valid, -torch.inf).topk(self.config.extremes, dim=1).indices
         worst = fused.masked_fill(~valid, torch.inf).topk(self.config.extremes, dim=1, largest=False).indices
         return valid & torch.zeros_like(valid).scatter(1, torch.cat((best, worst), dim=1), True)
+
+
+def shuffle(advantages: Advantages, seed: int, iteration: int) -> Advantages:
+    """The control's advantages: permuted among the samples that count."""
+    flat = advantages.values.flatten(1).clone()
+    places = advantages.counted.flatten().nonzero()[:, 0]
+    order = torch.from_numpy(rng.generator("rl_shuffle", seed, iteration).permutation(len(places)))
+    flat[:, places] = flat[:, places[order]]
+    return advantages._replace(values=flat.view_as(advantages.values))
 
 
 def centre(rewards: Tensor, valid: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from reelforge.engine.core import distributed
 from reelforge.engine.flow import sde
 from reelforge.engine.rewards.scoring import Pending, Scoring
-from reelforge.engine.rl.advantage import Advantages, Fusion, step_weights
+from reelforge.engine.rl.advantage import Advantages, Fusion, shuffle, step_weights
 from reelforge.engine.rl.loss import LossConfig, LossMeter, Targets, check_on_policy, losses
 from reelforge.engine.rl.plan import Group, Planner
 from reelforge.engine.rl.policy import Policy
@@ -116,6 +116,8 @@ class GrpoTask:
         rewards = self._everywhere(rewards)
         self.scoring.check_missing(rewards)
         advantages = self.fusion(rewards, self._wanted(groups))
+        if self.fusion.config.shuffled:
+            advantages = shuffle(advantages, self.planner.seed, iteration)
         targets = self._targets(groups, advantages)
         facts = {
             "nfe": evaluations * self.policy.branches,
