@@ -50,6 +50,7 @@ def _rlhf(parser: argparse.ArgumentParser) -> None:
         "--preset", choices=("ours", "flash", "flow", "dance", "mix"),
         help="lay a published method's settings over the recipe; see recipes/presets/",
     )  # fmt: skip
+    parser.add_argument("--plan", action="store_true", help="say what the run would do and cost, and stop")
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:

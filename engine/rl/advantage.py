@@ -113,44 +113,45 @@ class Fusion:
             wanted: which rewards a prompt is for, bool ``[R,P]``; None is all of them.
         """
         rewards = rewards.double()
+        there = ~rewards.isnan()
         weights = self.weights[:, None, None].expand(rewards.shape)
         if wanted is not None:
-            weights = weights * wanted[:, :, None]
-        present = ~(rewards.isnan() & (weights != 0)).any(0)
-        valid = present & (present.sum(1, keepdim=True) >= 2)
+            there, weights = there & wanted[:, :, None], weights * wanted[:, :, None]
+        present = (there | (weights == 0)).all(0)
         if self.config.rule == "sum":
             rewards = (torch.where(weights != 0, rewards, 0) * weights).sum(0, keepdim=True)
-            weights = torch.ones_like(rewards)
-        centred = centre(rewards, valid)
-        told = (centred.abs() * (weights != 0) > 0).any(0).any(1, keepdim=True)
-        valid = valid & told
-        scaled = centred / self._scale(centred, valid)
+            weights = there = torch.ones_like(rewards, dtype=torch.bool)
+        centred = centre(rewards, present & there)
+        # A member that is alone differs from nobody, so this leaves out its group too.
+        valid = present & ((centred != 0) & (weights != 0)).any(0).any(1, keepdim=True)
+        scaled = centred / self._scale(centred, valid & there)
         if self.config.rule == "separate":
             values = scaled * weights
         else:
             values = (scaled * weights).sum(0, keepdim=True)
             if self.config.normalise_batch:
-                values = values / spread(values, valid).clamp_min(self.config.floor)
+                values = values / spread(values, valid[None]).clamp_min(self.config.floor)
         counted = self._kept(values.sum(0), valid)
         values = torch.where(counted, values, 0.0).clamp(-self.config.clip, self.config.clip)
-        return Advantages(values, counted, torch.where(present, scaled, torch.nan))
+        return Advantages(values, counted, torch.where(present & there, scaled, torch.nan))
 
     def _scale(self, centred: Tensor, valid: Tensor) -> Tensor:
-        """What to divide by, ``[R,1,1]`` or ``[R,P,1]``."""
+        """What to divide by, ``[R,1,1]`` or ``[R,P,1]``; ``valid`` is ``[R,P,G]``."""
         kind = self.config.scale
         if kind == "none":
             return torch.ones(len(centred), 1, 1, dtype=centred.dtype)
         if kind in ("group", "max_group"):
-            groups = spread(centred, valid, over=(2,))
+            squares = torch.where(valid, centred, 0.0).square().sum(2, keepdim=True)
+            groups = (squares / valid.sum(2, keepdim=True).clamp_min(1)).sqrt()
             return (groups if kind == "group" else groups.amax(1, keepdim=True)).clamp_min(self.config.floor)
         now = spread(centred, valid)
         if kind == "running":
             if len(now) != len(self.running):
                 raise ConfigError('fusion.scale "running" keeps a scale per reward.', 'Set fusion.rule to "each".')
-            # The first one that is not 0 begins the average; an iteration in which nothing counts leaves it alone.
+            # The first one that is not 0 begins the average; an iteration that says nothing leaves it alone.
             now = now.flatten()
             moved = torch.where(self.running > 0, self.running.lerp(now, 1 - self.config.decay), now)
-            self.running.copy_(torch.where(valid.any(), moved, self.running))
+            self.running.copy_(torch.where(now > 0, moved, self.running))
             now = self.running[:, None, None]
         return now.clamp_min(self.config.floor)
 
@@ -173,19 +174,22 @@ def shuffle(advantages: Advantages, seed: int, iteration: int) -> Advantages:
 
 
 def centre(rewards: Tensor, valid: Tensor) -> Tensor:
-    """Difference to the mean of the group's valid members; 0 for the others. ``[R,P,G]`` and bool ``[P,G]``."""
+    """Difference to the mean of the group's valid members; 0 for the others. ``[R,P,G]`` and bool ``[R,P,G]``."""
     kept = torch.where(valid, rewards, 0.0)
-    mean = kept.sum(2, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+    mean = kept.sum(2, keepdim=True) / valid.sum(2, keepdim=True).clamp_min(1)
     # Equal rewards must be no spread at all: a mean that is off by a rounding would give every member an advantage.
     low = torch.where(valid, rewards, torch.inf).amin(2, keepdim=True)
     high = torch.where(valid, rewards, -torch.inf).amax(2, keepdim=True)
     return torch.where(valid & (low < high), kept - mean, 0.0)
 
 
-def spread(centred: Tensor, valid: Tensor, over: tuple[int, ...] = (1, 2)) -> Tensor:
-    """Root mean square of what is centred, over valid samples; ``[R,1,1]``, or ``[R,P,1]`` over dimension 2."""
-    count = valid.sum(dim=[d - 1 for d in over], keepdim=True).clamp_min(1)
-    return (torch.where(valid, centred, 0.0).square().sum(over, keepdim=True) / count).sqrt()
+def spread(centred: Tensor, valid: Tensor) -> Tensor:
+    """Root mean square of what is centred, over the valid samples of all groups: ``[R,1,1]``.
+
+    Over these alone, packed: a sum with zeros between its terms is grouped, and so rounded, otherwise.
+    """
+    packed = [row[kept] for row, kept in zip(centred, valid, strict=True)]
+    return torch.stack([row.square().sum() / max(len(row), 1) for row in packed]).sqrt()[:, None, None]
 
 
 def step_weights(lambda_: Tensor, trained: Sequence[Sequence[int]], counted: Tensor, rectify: bool) -> Tensor:

@@ -18,8 +18,8 @@ from reelforge.engine.core.config import require_positive
 from reelforge.engine.core.errors import ConfigError, TrainingError
 from reelforge.engine.rl.policy import Policy
 from reelforge.engine.rl.rollout import Decision
-from reelforge.kernels.group_loss import RatioForm, group_loss, log_ratio
-from reelforge.kernels.sde_replay import replay
+from reelforge.kernels.group_loss import LogRatio, RatioForm, group_loss, log_ratio
+from reelforge.kernels.sde_replay import mean_product, replay
 from reelforge.kernels.sde_step import group_of
 
 _NO_CLIP = (float("inf"), float("inf"))
@@ -160,27 +160,29 @@ def _clipped(velocity: Tensor, decision: Decision, targets: Targets, config: Los
     counted = targets.counted[members].to(device)
     weights = counted * targets.weights[step].to(device)
     clip = (config.clip_low, config.clip_high) if config.clip == "ratio" else _NO_CLIP
+    moved = _moved(velocity, decision, lambda_, config.ratio) if config.clip == "kl" else None
     total = torch.zeros((), dtype=torch.float64, device=device)
     for advantages in targets.advantages[:, members].to(device):
         kept = weights
-        if config.clip == "kl":
-            kept = weights * ~_too_far(velocity, decision, lambda_, advantages, config)
+        if moved is not None:
+            kept = weights * ~((moved.kl > config.kl_limit) & (moved.value * advantages > 0))
         found = group_loss(
             velocity, decision.velocity, decision.keys, decision.offsets, lambda_, advantages, kept, clip, config.ratio
         )
         total = total + found.loss
-        cut = (found.clipped if config.clip == "ratio" else kept != weights) & counted
-        facts = (counted, found.ratio, found.kl, cut & (found.ratio < 1), cut & (found.ratio > 1))
-        meter.sums[:5] += torch.stack([(fact * counted).sum().double() for fact in facts])
+        # The loss takes whom it leaves out for unmoved.
+        ratio, kl = (found.ratio, found.kl) if moved is None else (moved.value.exp(), moved.kl)
+        cut = found.clipped if config.clip == "ratio" else kept != weights
+        facts = (torch.ones_like(ratio), ratio, kl, cut & (ratio < 1), cut & (ratio > 1))
+        meter.sums[:5] += torch.stack([torch.where(counted, fact, 0).sum().double() for fact in facts])
     return total
 
 
-def _too_far(velocity: Tensor, decision: Decision, lambda_: Tensor, advantages: Tensor, config: LossConfig) -> Tensor:
-    """Members past the KL limit whose gradient leads further away, bool ``[R]``."""
-    with torch.no_grad():
-        terms = replay(velocity.detach(), decision.velocity, decision.keys, decision.offsets)
-        log = log_ratio(terms, lambda_[group_of(decision.offsets, len(decision.keys))], config.ratio)
-    return (log.kl > config.kl_limit) & (log.value * advantages > 0)
+@torch.no_grad()
+def _moved(velocity: Tensor, decision: Decision, lambda_: Tensor, form: RatioForm) -> LogRatio:
+    """How far each member's step is from the rollout's, float64 ``[R]``."""
+    terms = replay(velocity.detach(), decision.velocity, decision.keys, decision.offsets)
+    return log_ratio(terms, lambda_[group_of(decision.offsets, len(decision.keys))], form)
 
 
 def _pull(
@@ -188,12 +190,14 @@ def _pull(
 ) -> Tensor:
     """Share-weighted mean over samples of the distance to the reference."""
     reference = policy.reference(decision.x, decision.timestep, decision.prompts)
-    distance = (velocity.float() - reference.float()).square().flatten(1).mean(1).double()
+    wide = torch.promote_types(velocity.dtype, torch.float32)
+    e = velocity.to(wide) - reference.to(wide)
+    distance = mean_product(e, e)
     if config.form == "exact":
         distance = distance * (targets.lambda_[decision.step] ** 2 / 2).item()
     share = targets.kl_share[decision.members].to(velocity.device)
     state = group_of(decision.offsets, len(decision.keys))
     shares = torch.zeros_like(distance).index_add(0, state, share)
-    counted = targets.counted[decision.members].to(velocity.device).double()
-    meter.sums[5] += (torch.zeros_like(distance).index_add(0, state, counted) * distance.detach()).sum()
+    counted = targets.counted[decision.members].to(velocity.device)
+    meter.sums[5] += len(targets.advantages) * (counted * distance.detach()[state]).sum()
     return (shares * distance).sum()

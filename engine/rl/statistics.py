@@ -36,14 +36,14 @@ def describe_rewards(
             "std": _std(values[there]),
             "by_step": {str(k): _mean(values[steps == k][there[steps == k]]) for k in sorted(set(steps.tolist()))},
         }
-    for axis, scaled in zip(axes, advantages.per_reward, strict=False):
-        table[axis]["normalised_std"] = _std(scaled[~scaled.isnan()])
-    flat = ((rewards.nan_to_num() - rewards.nan_to_num()[:, :, :1]).abs().amax((0, 2)) == 0).double().mean()
+    if len(advantages.per_reward) == len(axes):  # not where the rewards were summed first
+        for axis, scaled in zip(axes, advantages.per_reward, strict=True):
+            table[axis]["normalised_std"] = _std(scaled[~scaled.isnan()])
     return {
         "reward": table,
         "within_group": {axis: _within(v, t) for axis, v, t in zip(axes, rewards, present, strict=True)},
         "rho": {axis: noise_share(v, distinct_noise) for axis, v in zip(axes, rewards, strict=True)},
-        "zero_std_share": flat.item(),
+        "zero_std_share": _flat(rewards, present).double().mean().item(),
         "missing_share": 1 - present.double().mean().item(),
         "counted_share": advantages.counted.double().mean().item(),
         "correlation": _correlation(advantages),
@@ -71,9 +71,16 @@ def noise_share(values: Tensor, distinct_noise: int) -> float | None:
     return within / (within + between) if within + between > 0 else None
 
 
+def _flat(rewards: Tensor, present: Tensor) -> Tensor:
+    """Groups in which every reward is there at least twice, and always the same: bool ``[P]``."""
+    low = torch.where(present, rewards, torch.inf).amin(2)
+    high = torch.where(present, rewards, -torch.inf).amax(2)
+    return ((present.sum(2) >= 2) & (low == high)).all(0)
+
+
 def _within(values: Tensor, present: Tensor) -> float | None:
     total = values[present].var(correction=0).item() if present.any() else 0.0
-    inside = centre(values[None], present)[0][present].square().mean().item() if present.any() else 0.0
+    inside = centre(values[None], present[None])[0][present].square().mean().item() if present.any() else 0.0
     return inside / total if total > 0 else None
 
 

@@ -1,7 +1,7 @@
 """One GRPO iteration after another: plan, rollout, scores, advantages, one optimizer step (or several)."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from reelforge.engine.core import distributed
+from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.flow import sde
+from reelforge.engine.rewards.contract import Scores
 from reelforge.engine.rewards.scoring import Pending, Scoring
 from reelforge.engine.rl.advantage import Advantages, Fusion, shuffle, step_weights
 from reelforge.engine.rl.loss import LossConfig, LossMeter, Targets, check_on_policy, losses
@@ -42,6 +44,10 @@ class GrpoTask:
         config: the objective.
         updates: optimizer steps per rollout; after the first one the ratio is against the stored velocities.
         rollout_groups: groups that are rolled out, decoded and scored together.
+        on_missing: told of this rank's samples that lack a score, as records for a log.
+
+    Raises:
+        ConfigError: a step that may be trained has no noise, or a gate compares rewards and there is one.
     """
 
     def __init__(
@@ -55,17 +61,34 @@ class GrpoTask:
         config: LossConfig,
         updates: int,
         rollout_groups: int,
+        on_missing: Callable[[list[dict[str, Any]]], None] = lambda records: None,
     ) -> None:
         self.policy, self.sampler, self.planner = policy, sampler, planner
         self.scoring, self.fusion, self.prompts, self.config = scoring, fusion, prompts, config
-        self.updates, self.rollout_groups = updates, rollout_groups
+        self.updates, self.rollout_groups, self.on_missing = updates, rollout_groups, on_missing
         self.device = policy.device
         at = sde.coefficients(sampler.grid, range(sampler.grid.num_steps), sampler.rate)
         self.lambda_ = at.lambda_
+        self._check_settings()
         self.wanted = prompts.wanted(scoring.axes)
         self.cosine = GradientCosine()
         self._current: _Iteration | None = None
         self._facts: list[dict[str, Any]] = []
+
+    def _check_settings(self) -> None:
+        rate, (first, end) = self.sampler.rate, self.sampler.config.steps
+        for k in range(first, end):
+            if not self.lambda_[k].isfinite():
+                raise ConfigError(
+                    f"Noise rate {rate.kind!r} with eta {rate.eta:g} adds no noise at step {k} of plan.steps.",
+                    "A step without noise has no ratio: raise eta, or choose other steps.",
+                )
+        rewards = 1 if self.fusion.config.rule == "sum" else len(self.scoring.axes)
+        if self.config.kl.gate == "outranks" and rewards < 2:
+            raise ConfigError(
+                f'loss.kl.gate "outranks" compares rewards, and there is {rewards} after fusion.',
+                'Give several scorers and a fusion.rule other than "sum", or set the gate to "always".',
+            )
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """This rank's share of an optimizer step, decision by decision."""
@@ -110,11 +133,13 @@ class GrpoTask:
             pending.append((slots, self.scoring.submit(rolled.latents, self._texts(part))))
         rolled_out = time.monotonic()
         for slots, scores in pending:
-            for axis, values in enumerate(scores.result()[name].values for name in self.scoring.axes):
+            found = scores.result()
+            for axis, values in enumerate(found[name].values for name in self.scoring.axes):
                 rewards[axis, slots] = values.double().view(len(slots), -1)
+            self._report_missing(iteration, [groups[slot] for slot in slots], found)
         waited = time.monotonic() - rolled_out
         rewards = self._everywhere(rewards)
-        self.scoring.check_missing(rewards)
+        self.scoring.check_missing(rewards, self._wanted(groups))
         advantages = self.fusion(rewards, self._wanted(groups))
         if self.fusion.config.shuffled:
             advantages = shuffle(advantages, self.planner.seed, iteration)
@@ -129,6 +154,25 @@ class GrpoTask:
             **describe_rewards(self.scoring.axes, rewards, advantages, groups, self.sampler.config.distinct_noise),
         }
         return _Iteration(decisions, targets, facts)
+
+    def _report_missing(self, iteration: int, groups: Sequence[Group], found: Mapping[str, Scores]) -> None:
+        axes, size, wanted = self.scoring.axes, self.sampler.config.group_size, self._wanted(groups)
+        lost = torch.stack([~found[axis].valid for axis in axes])
+        if wanted is not None:
+            lost = lost & wanted.repeat_interleave(size, 1)
+        records = [
+            {
+                "iteration": iteration,
+                "prompt": text,
+                "member": place % size,
+                "missing": [axis for axis, gone in zip(axes, lost[:, place].tolist(), strict=True) if gone],
+                "error": self.scoring.last_error,
+            }
+            for place, text in enumerate(self._texts(groups))
+            if lost[:, place].any()
+        ]
+        if records:
+            self.on_missing(records)
 
     def _texts(self, groups: Sequence[Group]) -> list[str]:
         return [self.prompts.prompts[group.prompt] for group in groups for _ in range(self.sampler.config.group_size)]
@@ -155,10 +199,14 @@ class GrpoTask:
 
 
 def outranks(per_reward: Tensor) -> Tensor:
-    """Samples whose first reward ranks higher in its group than their other rewards do on average.
+    """Samples whose first reward ranks higher in its group than their other rewards do on average; bool ``[P,G]``.
+
+    Equal rewards share a rank, missing ones have none; where the first or all others are missing it is False.
 
     Args:
-        per_reward: ``[R,P,G]``.
+        per_reward: ``[R,P,G]``, NaN where missing.
     """
-    ranks = per_reward.argsort(-1).argsort(-1).double()
-    return ranks[0] > ranks[1:].mean(0)
+    here, others = per_reward[..., :, None], per_reward[..., None, :]
+    ranks = ((others < here).double() + (others == here).double() / 2).sum(-1)
+    ranks = ranks.masked_fill(per_reward.isnan(), torch.nan)
+    return ranks[0] > ranks[1:].nanmean(0)

@@ -70,7 +70,8 @@ class Hooks:
         describe: more fields for the metrics line of a range of steps.
         after_checkpoint: told what ``at_checkpoint`` measured, once that is written and the checkpoint is saved;
             raise from it to end the run.
-        stride: steps that belong together; the run is saved and stopped between them only.
+        stride: steps that belong together; the run is saved and stopped between them only, and a checkpoint that falls
+            due among them waits for the last.
     """
 
     losses: Callable[[int], Iterable[Tensor]]
@@ -135,7 +136,7 @@ class TrainLoop:
     def _after_step(self, hooks: Hooks, log: JsonlLog | None, stop: StopRequest, window: "_Window") -> "_Window":
         step, last = self.state.step, self.state.step == self.config.steps
         between = step % hooks.stride == 0
-        due = last or (step % self.config.checkpoint_every == 0 and between)
+        due = last or (between and step % self.config.checkpoint_every < hooks.stride)
         logging = last or step % self.config.log_every == 0
         stopping = between and distributed.any_rank(stop.requested, self.state.device) and not last
         if logging or due or stopping:
