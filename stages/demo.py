@@ -1,4 +1,4 @@
-"""``reelforge demo``: a miniature Wan learns from mp4 files, then from better ones, and is judged after each.
+"""``reelforge demo``: a miniature Wan learns from mp4 files, from better ones, from rewards, and is judged after each.
 
 Nothing here is special to the miniature but its recipe: clips are decoded, filtered and cached, models trained and
 sampled by the stages that do it for Wan2.1. Every phase leaves its result in the folder, so an interrupted demo goes
@@ -6,6 +6,7 @@ on where it stopped.
 """
 
 import argparse
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
@@ -22,6 +24,7 @@ from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data import toy_render
 from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
+from reelforge.engine.data.toy_world import captions, scenes
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
@@ -33,11 +36,13 @@ from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.train.flow_loss import FlowLossConfig
 from reelforge.engine.train.loop import LoopConfig
 from reelforge.engine.train.state import OptimizerConfig
-from reelforge.stages import cache, sft
+from reelforge.stages import cache, rlhf, sft
 from reelforge.stages.console import emit
-from reelforge.stages.demo_report import EvaluationConfig, StageCost, judge_and_report
+from reelforge.stages.demo_report import Entrant, EvaluationConfig, StageCost, judge_and_report
+from reelforge.stages.rlhf_config import RlhfConfig
 from reelforge.stages.sft import SftConfig, ValidationConfig
 
+_GUIDED = 2.0  # the guidance at which the fine-tuned model is at its best: RLHF at 1 is judged against that too
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -47,7 +52,7 @@ class WorldConfig:
 
     Attributes:
         base_clips: broad and flawed clips.
-        curated_clips: cleaner ones, before filtering.
+        curated_clips: rightly described ones, before filtering.
         codec_clips: clips of the base set that the codec is fitted to.
         video: what every clip is brought to.
     """
@@ -79,7 +84,11 @@ class TrainingBudget:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole demo; see recipes/demo.toml."""
+    """The whole demo; see recipes/demo.toml.
+
+    Attributes:
+        rlhf: recipes/rlhf_miniature.toml, with what the demo's recipe sets laid over it.
+    """
 
     seed: int
     world: WorldConfig
@@ -88,6 +97,7 @@ class DemoConfig:
     sampling: SamplingDefaults
     base: TrainingBudget
     sft: TrainingBudget
+    rlhf: RlhfConfig
     evaluation: EvaluationConfig
     codec: CodecConfig = CodecConfig()
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -119,18 +129,25 @@ class Demo:
         base = self._train("base", self.config.base, self.model, "base")
         self._announce("sft: fine-tuning on the curated set")
         tuned = self._train("sft", self.config.sft, base, "curated")
+        self._announce("rlhf: GRPO from three rewards")
+        aligned = self._align(tuned)
         self._announce("sampling held-out prompts, scoring, reporting")
-        stages = {"base": base, "sft": tuned}
-        costs = {name: self._cost(name) for name in stages}
-        return judge_and_report(self.config.evaluation, stages, costs, self.root, self.config, self.config.seed)
+        guided = (f"guidance_scale={_GUIDED}",)
+        entrants = {
+            "base": Entrant(base, (), self._cost("base")),
+            "sft": Entrant(tuned, ("base",), self._cost("sft")),
+            f"sft, guidance {_GUIDED:g}": Entrant(tuned, ("sft",), None, guided),
+            "rlhf": Entrant(aligned, ("sft", f"sft, guidance {_GUIDED:g}"), self._cost("rlhf")),
+        }
+        return judge_and_report(self.config.evaluation, entrants, self.root, self.config, self.config.seed)
 
     def _announce(self, what: str) -> None:
         self._phase += 1
-        say(f"[{self._phase}/6] {what} ({time.monotonic() - self._start:.0f} s so far)")
+        say(f"[{self._phase}/7] {what} ({time.monotonic() - self._start:.0f} s so far)")
 
     def _render(self) -> None:
         world, seed = self.config.world, self.config.seed
-        sets = {"base": (world.base_clips, toy_render.WEB), "curated": (world.curated_clips, toy_render.CURATED)}
+        sets = {"base": (world.base_clips, toy_render.WEB), "curated": (world.curated_clips, toy_render.CAPTIONED)}
         for number, (name, (count, rates)) in enumerate(sets.items()):
             folder = self.videos / name
             if len(list(folder.glob("*.txt"))) < count:
@@ -191,6 +208,18 @@ class Demo:
             derive_model_folder(model, folder, load_transformer(result.weights))
         return folder
 
+    def _align(self, model: Path) -> Path:
+        """Run the RLHF driver on one caption of every training scene; returns the aligned model's folder."""
+        prompts, folder = self.root / "rl_prompts.txt", self.root / "rlhf_model"
+        if not prompts.exists():
+            texts = [captions(scene)[3 + index % 4] for index, scene in enumerate(scenes("train"))]
+            replace_file(prompts, "\n".join(texts) + "\n")
+        config = dataclasses.replace(self.config.rlhf, model=model, prompts=prompts, output=self.root / "rlhf")
+        result = rlhf.run(config)
+        if not folder.exists():
+            derive_model_folder(model, folder, load_transformer(result.weights))
+        return folder
+
     def _cost(self, name: str) -> StageCost:
         """Training seconds out of the run's own log: steps times seconds a step, line by line."""
         run, steps, seconds, last = RunDir(self.root / name), 0, 0.0, 0
@@ -203,7 +232,12 @@ class Demo:
 
 def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
     """The packaged recipe, or its quick variant."""
-    return configuration.load(DemoConfig, RECIPES / ("demo_quick.toml" if quick else "demo.toml"), overrides)
+    table = configuration.read_table(RECIPES / ("demo_quick.toml" if quick else "demo.toml"))
+    aligning = configuration.read_table(RECIPES / "rlhf_miniature.toml") | {"held_out": "none"}
+    table["rlhf"] = configuration.merge(aligning, table.get("rlhf", {}))
+    for assignment in overrides:
+        configuration.override(table, assignment)
+    return configuration.build(DemoConfig, table)
 
 
 def main(arguments: argparse.Namespace) -> int:

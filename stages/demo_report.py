@@ -1,7 +1,7 @@
 """Judges the demo's stages on the same held-out prompts and seeds, and writes results.json and report.html."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,11 @@ from reelforge.stages.evaluation import (
     Measured,
     evaluate,
     held_out_prompts,
-    truth_clip,
+    truth_clips,
 )
 
 _SHEET_ROWS, _FAILURES = 10, 6
+_TRUTH_SAMPLES = 12  # clean clips a prompt that sets of clips are compared with
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
     "saw. Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what a later stage trains on; votes "
@@ -70,6 +71,23 @@ class StageCost:
     metrics: Path
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """One column of the report.
+
+    Attributes:
+        model: model folder.
+        references: entrants that it is compared with, clip by clip.
+        cost: of the training that made it; None for a model that is only sampled in another way.
+        settings: how it is sampled, over the folder's defaults.
+    """
+
+    model: Path
+    references: tuple[str, ...]
+    cost: StageCost | None
+    settings: tuple[str, ...] = ()
+
+
 def through_codec(codec: VideoCodec, videos: Tensor) -> Tensor:
     """Encode and decode uint8 ``[B, F, H, W, 3]``: the best that a model of these latents can show."""
     parts = []
@@ -81,8 +99,7 @@ def through_codec(codec: VideoCodec, videos: Tensor) -> Tensor:
 
 def judge_and_report(
     config: EvaluationConfig,
-    models: Mapping[str, Path],
-    costs: Mapping[str, StageCost],
+    entrants: Mapping[str, Entrant],
     root: Path,
     recipe: Any,
     seed: int,
@@ -90,14 +107,13 @@ def judge_and_report(
     """Sample, score, compare and write.
 
     Args:
-        models: stage to model folder, in order; the first is the reference.
-        costs: stage to cost.
+        entrants: by name, in order; the first is the reference of every change.
         root: where ``results.json`` and ``report.html`` go.
         recipe: the demo's config, for the record.
         seed: names prompts' noise and every bootstrap.
     """
     report = root / "report.html"
-    folders = {name: ModelFolder.load(path) for name, path in models.items()}
+    folders = {name: ModelFolder.load(entrant.model) for name, entrant in entrants.items()}
     first = next(iter(folders.values()))
     video = first.defaults.video
     judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
@@ -107,17 +123,19 @@ def judge_and_report(
     def sampled(name: str, draw: int) -> Evaluation:
         label = f"sampling {name}" + (", second noise" if draw else "")
         draw_seed = rng.key("evaluation", seed, draw)
-        return evaluate(folders[name], judge, prompts, config.samples, draw_seed, config.batch_size, label)
+        settings = entrants[name].settings
+        return evaluate(folders[name], judge, prompts, config.samples, draw_seed, config.batch_size, label, settings)
 
-    pictures = torch.stack([truth_clip(s, member, video, seed) for s, _ in scenes for member in range(config.samples)])
     asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    truth = judge.calibrate(through_codec(first.codec, pictures), asked)
+    members = (range(config.samples), range(config.samples, config.samples + _TRUTH_SAMPLES))
+    pictures, others = (through_codec(first.codec, truth_clips(scenes, part, video, seed)) for part in members)
+    truth = judge.calibrate(pictures, asked, others)
     evaluations = {name: sampled(name, 0) for name in folders}
     again = sampled(next(iter(folders)), 1).measured
     say("scoring clips of known quality")
     panel = fix_panel(next(iter(evaluations.values())).measured.scores, again.scores, (*REWARDS, *VOTERS))
     outcome = Results(
-        stages=_stages(evaluations, costs, judge, panel, seed),
+        stages=_stages(entrants, evaluations, judge, panel, seed),
         seed=seed,
         prompts=len(prompts),
         clips=len(truth.prompts),
@@ -130,7 +148,7 @@ def judge_and_report(
         config=_jsonable(configuration.to_table(recipe)),
     )
     results.write(outcome, root / "results.json")
-    write_report(outcome, _sheets(evaluations, truth, panel, config.samples, video.fps), _curves(costs), report)
+    write_report(outcome, _sheets(evaluations, truth, panel, config.samples, video.fps), _curves(entrants), report)
     return report
 
 
@@ -144,23 +162,23 @@ def _against(measured: Measured, below: Measured, panel: Panel, reference: str, 
 
 
 def _stages(
-    evaluations: Mapping[str, Evaluation], costs: Mapping[str, StageCost], judge: Judge, panel: Panel, seed: int
+    entrants: Mapping[str, Entrant], evaluations: Mapping[str, Evaluation], judge: Judge, panel: Panel, seed: int
 ) -> tuple[StageResult, ...]:
-    """One result a stage, each judged against the one before it."""
-    names = list(evaluations)
-    first, rows = evaluations[names[0]].measured, []
-    for index, name in enumerate(names):
-        evaluation = evaluations[name]
-        below = names[max(index - 1, 0) : index]
+    """One result a column, each judged against its references."""
+    first, rows = next(iter(evaluations.values())).measured, []
+    for name, evaluation in evaluations.items():
+        entrant, measured = entrants[name], evaluation.measured
         rows.append(
             StageResult(
                 name,
                 nfe=evaluation.nfe,
                 seconds_per_video=evaluation.seconds_per_video,
-                seconds_train=costs[name].seconds,
-                steps=costs[name].steps,
-                gsb=tuple(_against(evaluation.measured, evaluations[b].measured, panel, b, seed) for b in below),
-                scores=judge.table(evaluation.measured, seed, first if index else None),
+                seconds_train=entrant.cost.seconds if entrant.cost else None,
+                steps=entrant.cost.steps if entrant.cost else None,
+                gsb=tuple(
+                    _against(measured, evaluations[below].measured, panel, below, seed) for below in entrant.references
+                ),
+                scores=judge.table(measured, seed, None if measured is first else first),
             )
         )
     return tuple(rows)
@@ -203,15 +221,40 @@ def _sheets(
     ]
 
 
-def _curves(costs: Mapping[str, StageCost]) -> list[Curve]:
+def _curves(entrants: Mapping[str, Entrant]) -> list[Curve]:
     curves = []
-    for name, cost in costs.items():
-        loss = read_series(cost.metrics, {"training": "loss", "held out": "validation_loss"})
+    for name, entrant in entrants.items():
+        if entrant.cost is None:
+            continue
+        lines = list(read_jsonl(entrant.cost.metrics))
+        if any("reward" in line for line in lines):
+            curves += _reward_curves(name, lines)
+            continue
+        loss = read_series(entrant.cost.metrics, {"training": "loss", "held out": "validation_loss"})
         curves.append(Curve(f"{name}: flow-matching loss", loss, "mean squared velocity error", smooth=5))
-        bins = _validation_bins(cost.metrics)
+        bins = _validation_bins(entrant.cost.metrics)
         if bins:
             curves.append(Curve(f"{name}: held-out loss by noise level", bins, "mean squared velocity error", log=True))
     return curves
+
+
+def _reward_curves(name: str, lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
+    """What training saw: rewards of its own samples in deviations of the first line's, and how healthy the run is."""
+    lines = [line for line in lines if "reward" in line]
+    steps = np.array([float(line["step"]) for line in lines])
+    first = lines[0]["reward"]
+    rewards = {
+        axis: (steps, np.array([(line["reward"][axis]["mean"] - kind["mean"]) / kind["std"] for line in lines]))
+        for axis, kind in first.items()
+    }
+    health = {
+        label: (steps, np.array([np.nan if line[key] is None else line[key] for line in lines], float))
+        for label, key in (("gradient cosine", "gradient_cosine"), ("distance to sft", "kl_reference"))
+    }
+    return [
+        Curve(f"{name}: rewards of the training samples", rewards, "change, standard deviations", smooth=3),
+        Curve(f"{name}: cosine of successive gradients, distance to the model before", health, "", smooth=3),
+    ]
 
 
 def _validation_bins(metrics: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -18,7 +18,7 @@ from reelforge.engine.judge.gsb import Verifier
 from reelforge.engine.judge.results import Score, score_clips, score_set
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
-from reelforge.engine.rewards.held_out import Basis, HeldOut
+from reelforge.engine.rewards.held_out import Basis, HeldOut, frechet
 from reelforge.engine.rewards.verifiers import ToyVerifier
 
 # Rewards are what a later stage trains on: they never vote. Nor does what shares their fit (background, rim,
@@ -94,9 +94,17 @@ class Judge:
     def __init__(self, basis: Basis, spec: VideoSpec) -> None:
         self.rewards, self.held_out = ToyVerifier(spec), HeldOut(basis, spec)
         self._truth: dict[str, float] = {}
+        self._reference = (basis.truth_mean, basis.truth_covariance)
 
-    def calibrate(self, videos: Tensor, prompts: Sequence[str]) -> Measured:
-        """Measure the truth, uint8 ``[N, F, H, W, 3]``, and judge every later clip's texture and flicker against it."""
+    def calibrate(self, videos: Tensor, prompts: Sequence[str], others: Tensor) -> Measured:
+        """Measure the truth, and judge every later clip's texture, flicker and Frechet distance against it.
+
+        Args:
+            videos: clean clips of N prompts, uint8 ``[N, F, H, W, 3]``.
+            others: further clean clips of the same scenes, ``[M, F, H, W, 3]``: what sets of clips are compared with.
+        """
+        features = self.held_out.features(others)
+        self._reference = features.mean(0), torch.cov(features.T)
         truth = self.measure(videos, prompts)
         self._truth = {name: float(np.nanmean(truth.scores[name])) for name in ("manifold", "flicker")}
         return self.measure(videos, prompts)
@@ -119,17 +127,21 @@ class Judge:
         scores = self.rewards.score_fit(fit, prompts) | self.held_out.measure(videos, prompts, fit)
         return {name: score.values.numpy().astype(np.float64) for name, score in scores.items()}
 
+    def distance(self, features: Tensor) -> float:
+        """Frechet distance of a set's features ``[N, D]`` to the truth's; a finite set of true clips is not at 0."""
+        return frechet(features.mean(0), torch.cov(features.T), *self._reference)
+
     def table(self, measured: Measured, seed: int, reference: Measured | None = None) -> dict[str, Score]:
         """Means with 95 % intervals over prompts, and paired changes to ``reference``."""
         below = reference.scores if reference else None
         present = [v for v in (*REWARDS, *VOTERS, *MEASURES, *ACCURACIES) if np.isfinite(measured.scores[v.name]).any()]
         clip_level = score_clips(measured.scores, measured.labels, present, seed, below)
         frechet = score_set(
-            lambda clips: self.held_out.distance(measured.features[clips]),
+            lambda clips: self.distance(measured.features[clips]),
             measured.labels,
             FRECHET,
             seed,
-            (lambda clips: self.held_out.distance(reference.features[clips])) if reference else None,
+            (lambda clips: self.distance(reference.features[clips])) if reference else None,
         )
         return {**clip_level, FRECHET.name: frechet}
 
@@ -153,16 +165,29 @@ def truth_clip(scene: Scene, member: int, spec: VideoSpec, seed: int) -> Tensor:
     return torch.from_numpy(render(scene, spec, rng.generator("truth", name, member)))
 
 
+def truth_clips(prompts: Sequence[tuple[Scene, str]], members: range, spec: VideoSpec, seed: int) -> Tensor:
+    """Clean renderings of each scene, scene by scene, uint8 ``[len(prompts) * len(members), F, H, W, 3]``."""
+    return torch.stack([truth_clip(scene, member, spec, seed) for scene, _ in prompts for member in members])
+
+
 @torch.no_grad()
 def evaluate(
-    folder: ModelFolder, judge: Judge, prompts: Sequence[str], samples: int, seed: int, batch_size: int, label: str
+    folder: ModelFolder,
+    judge: Judge,
+    prompts: Sequence[str],
+    samples: int,
+    seed: int,
+    batch_size: int,
+    label: str,
+    settings: Sequence[str] = (),
 ) -> Evaluation:
     """Sample ``samples`` clips per prompt as ``generate`` does, and measure them.
 
     Args:
         label: of the progress line.
+        settings: ``key=value`` laid over the folder's defaults, as ``generate --set``.
     """
-    generator = Generator(folder, resolve(folder.defaults, ()), seed)
+    generator = Generator(folder, resolve(folder.defaults, settings), seed)
     jobs = [Job(prompt, member) for prompt in prompts for member in range(samples)]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     start, clips = time.perf_counter(), []

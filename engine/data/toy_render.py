@@ -135,6 +135,7 @@ class FlawRates:
 
 CLEAN = FlawRates()
 WEB = FlawRates(haze=0.35, washed=0.35, slow_motion=0.35, blur=0.15, wrong_word=0.08)
+CAPTIONED = FlawRates(haze=0.35, washed=0.35, slow_motion=0.1, blur=0.15)  # described rightly, but no prettier
 CURATED = FlawRates(haze=0.1, washed=0.1, slow_motion=0.1)
 SLOW_MOTION_PACE = 0.25
 
