@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from reelforge.bench import promote, record_files, runner, supervise
+from reelforge.bench import promote, record_files, rl_run, runner, supervise
 from reelforge.bench.arms import FAILURES
 from reelforge.bench.session import WHOLE
 from reelforge.bench.supervise import Folder, Outcome
@@ -159,15 +159,21 @@ def _rates(memory: bool, run: Run, deadline: float) -> list[Outcome]:
     return run.work([run.job("rates", family) for family in chosen], deadline)
 
 
+def _rl(run: Run, deadline: float) -> list[Outcome]:
+    """RLHF iterations at real shapes; with more time than the section's own, more rounds of them."""
+    jobs = [run.job("rl", str(frames)) for frames in rl_run.SHAPES]
+    return run.work(jobs, deadline, step_limit_s=supervise.COMPILING_STEP_S)
+
+
 def _report(run: Run, deadline: float) -> list[Outcome]:
-    """Tables, a roofline and the block's kernels, from the records there are."""
+    """Tables, a roofline and what sections had to say beside them, from the records there are."""
     entries = record_files.read(run.folder.records)
     path = run.folder.path / "report.md"
     try:
         importlib.import_module("reelforge.bench.report").write(entries, path)
         if run.folder.pages.exists():
             pages = run.folder.pages.read_text(encoding="utf-8")
-            replace_file(path, path.read_text(encoding="utf-8") + "\n## Inside a block\n\n" + pages)
+            replace_file(path, path.read_text(encoding="utf-8") + "\n## In detail\n\n" + pages)
     except FAILURES as error:  # the records are what counts; a report can be made from them anywhere
         run.folder.note(f"no report: {type(error).__name__}: {error}")
     sound = sum(not entry.reasons for entry in entries)
@@ -183,6 +189,7 @@ SECTIONS: dict[str, Section] = {
     "rates_attention": Section(420.0, partial(_rates, False)),
     "peers": Section(480.0, partial(_simple, "peers", step_limit_s=supervise.COMPILING_STEP_S)),
     "block": Section(480.0, partial(_simple, "block", step_limit_s=supervise.COMPILING_STEP_S)),
+    "rl": Section(480.0, _rl),
     "report": Section(60.0, _report),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from reelforge.stages.console import emit
 
 _Run = Callable[[argparse.Namespace], int]
+_RL_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "rlhf_miniature.toml"
 _Verb = Callable[[str, str, _Run], argparse.ArgumentParser]  # name, summary and what it runs
 
 _EXIT_CODES = """\
@@ -45,6 +46,8 @@ def _add_measuring(verb: _Verb) -> None:
     block = verb("block", "one transformer block: eager, compiled and ours, on a GPU", _lazily("block"))
     for parser in (kernels, block):
         parser.add_argument("--out", type=Path, help="append the records to this JSONL file")
+    _add_rl(verb)
+    _add_studies(verb)
     h200 = verb("h200", "everything a fresh GPU machine should be asked, in sections of minutes", _lazily("h200"))
     h200.add_argument("--out", type=Path, default=Path("h200"), metavar="DIR", help="folder (default: %(default)s)")
     h200.add_argument("--section", action="append", default=[], metavar="NAME", help="only this one; repeatable")
@@ -58,6 +61,43 @@ def _add_measuring(verb: _Verb) -> None:
         help="folder with another Triton to compile with; repeatable (default: the GPU machines')",
     )  # fmt: skip
     gate.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _add_rl(verb: _Verb) -> None:
+    costs = verb("rl-cost", "an RLHF iteration by arithmetic: FLOPs, GPU-hours, memory, waiting ranks", _rl_cost)
+    costs.add_argument("--choices", type=int, default=10, metavar="K", help="steps that may be stochastic")
+    costs.add_argument("--prompts", type=int, default=48, metavar="P", help="groups an iteration")
+    costs.add_argument("--tflops", type=float, default=396.0, help="of a GPU, sustained (default: 40 %% of an H200)")
+    rl = verb("rl", "whole RLHF iterations: what sharing, collapsing and overlap save, measured", _lazily("rl_run"))
+    which = rl.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder")
+    which.add_argument("--shape", choices=("1.3B", "14B"), help="random weights at 480 x 832, on a GPU")
+    rl.add_argument("--frames", type=int, default=17, help="of a clip with --shape (default: %(default)s)")
+    rl.add_argument("--rounds", type=int, default=5, help="turns of every arm (default: %(default)s)")
+    rl.add_argument("--sweep", action="store_true", help="also the cost against G, k and T")
+    rl.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the records, and tables beside them")
+    for parser, steps in ((costs, 20), (rl, 10)):
+        parser.add_argument("--group", type=int, default=8, metavar="G", help="samples a prompt (default: %(default)s)")
+        parser.add_argument("--steps", type=int, default=steps, metavar="T", help="a sample (default: %(default)s)")
+
+
+def _add_studies(verb: _Verb) -> None:
+    study = verb("rl-study", "RLHF of the demo's model under several seeds, with controls and acceptance", _rl_study)
+    ablation = verb("rl-ablation", "sharing, noise, rectification and published methods at equal cost", _rl_ablation)
+    ablation.add_argument("--nfe", type=int, default=20_000, help="network evaluations an arm (default: %(default)s)")
+    ablation.add_argument("--seconds", type=float, help="train every arm for so many seconds as well")
+    for parser, out, samples in ((study, "runs/rl_study", None), (ablation, "runs/rl_ablation", 2)):
+        parser.add_argument("--demo", type=Path, default=Path("demo"), help="a finished demo (default: %(default)s)")
+        parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="folder (default: %(default)s)")
+        parser.add_argument(
+            "--recipe", type=Path, default=_RL_RECIPE, metavar="FILE.toml", help="of every arm (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--samples", type=int, default=samples, help=f"clips a prompt (default: {samples or 'the demo'})"
+        )
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides", help="of every arm; repeatable"
+        )
 
 
 def _add_judging(verb: _Verb) -> None:
@@ -87,6 +127,26 @@ def _lazily(module: str) -> _Run:
         return importlib.import_module(f"reelforge.bench.{module}").main(arguments)
 
     return run
+
+
+def _rl_cost(arguments: argparse.Namespace) -> int:
+    from reelforge.bench import rl_cost, rl_cost_table
+
+    layout = rl_cost.Layout(arguments.group, arguments.steps, arguments.choices)
+    emit(rl_cost_table.text(layout, arguments.prompts, arguments.tflops))
+    return 0
+
+
+def _rl_study(arguments: argparse.Namespace) -> int:
+    from reelforge.stages import rl_study
+
+    return rl_study.proof(arguments)
+
+
+def _rl_ablation(arguments: argparse.Namespace) -> int:
+    from reelforge.stages import rl_study
+
+    return rl_study.ablation(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
