@@ -1,0 +1,154 @@
+"""Models of a finished demo, judged as its report judges them: same prompts, noise, truth, panel and intervals."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core import rng
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.files import make_folder, replace_file
+from reelforge.engine.judge.gsb import Gsb, compare, fix_panel
+from reelforge.engine.judge.results import Score
+from reelforge.engine.model.folder import ModelFolder
+from reelforge.engine.model.weights import load_transformer
+from reelforge.engine.rewards import calibration
+from reelforge.stages.demo_report import _TRUTH_SAMPLES, EvaluationConfig, through_codec
+from reelforge.stages.evaluation import (
+    FRECHET,
+    REWARDS,
+    VOTERS,
+    Evaluation,
+    Judge,
+    Measured,
+    evaluate,
+    held_out_prompts,
+    truth_clips,
+)
+
+UNGUIDED = ("guidance_scale=1.0",)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A model against the fine-tuned one, clip by clip.
+
+    Attributes:
+        nfe: network evaluations a video.
+        seconds_per_video: sampling and decoding.
+        scores: with paired changes; none for the fine-tuned model itself.
+        gain: mean change of the rewards, in standard deviations of the fine-tuned model's clips.
+        gsb: by held-out voters, and by the rewards that training optimised.
+        frechet_ratio: distance to the truth over the fine-tuned model's.
+    """
+
+    nfe: int
+    seconds_per_video: float
+    scores: Mapping[str, Score]
+    gain: float
+    gsb: Mapping[str, Gsb]
+    frechet_ratio: float
+
+
+class Examiner:
+    """Judges models of one demo. Scores are kept in ``out/evaluations``: a model is sampled once.
+
+    Args:
+        demo: folder of a finished demo.
+        out: where scores are kept.
+        samples: clips a prompt; None is as many as the demo's report takes.
+
+    Raises:
+        ConfigError: the demo is not there.
+    """
+
+    def __init__(self, demo: Path, out: Path, samples: int | None) -> None:
+        recipe = demo / "config.resolved.toml"
+        if not (demo / "sft_model").exists() or not recipe.exists():
+            raise ConfigError(f"{demo} is no finished demo.", "Run `reelforge demo`, or name its folder with --demo.")
+        table = configuration.read_table(recipe)
+        config = configuration.build(EvaluationConfig, table["evaluation"])
+        self.config = replace(config, samples=samples or config.samples)
+        self.seed: int = table["seed"]
+        self.kept = make_folder(out / "evaluations")
+        self.folder = ModelFolder.load(demo / "sft_model")
+        self._prepare(ModelFolder.load(demo / "base_model"))
+
+    def _prepare(self, base: ModelFolder) -> None:
+        """Truth, the reference's clips and both panels, from two draws of the base model."""
+        video, samples, seed = self.folder.defaults.video, self.config.samples, self.seed
+        self.judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
+        scenes = held_out_prompts(self.config.prompts)
+        self.prompts = [prompt for _, prompt in scenes]
+        members = (range(samples), range(samples, samples + _TRUTH_SAMPLES))
+        clean, others = (through_codec(base.codec, truth_clips(scenes, part, video, seed)) for part in members)
+        truth = self.judge.calibrate(clean, [prompt for prompt in self.prompts for _ in range(samples)], others)
+        self.truth = self.judge.table(truth, seed)
+        first, second = (self._sample(f"base draw {n}", base, UNGUIDED, n).measured.scores for n in (0, 1))
+        open_rewards = tuple(replace(reward, target=False) for reward in REWARDS)
+        voters = {"held-out voters": (*REWARDS, *VOTERS), "optimised rewards": open_rewards}
+        self.panels = {source: fix_panel(first, second, verifiers) for source, verifiers in voters.items()}
+        self.reference = self._sample("sft", self.folder, UNGUIDED).measured
+        self.distance = self.judge.distance(self.reference.features)
+        self.scale = {reward.name: float(np.nanstd(self.reference.scores[reward.name])) for reward in REWARDS}
+
+    def verdict(self, name: str, transformer: Path | None = None, settings: tuple[str, ...] = UNGUIDED) -> Verdict:
+        """Judge a model.
+
+        Args:
+            name: of its scores' file.
+            transformer: its weights; None is the fine-tuned model's.
+            settings: how it is sampled, over the folder's defaults.
+        """
+        folder = replace(self.folder, transformer=load_transformer(transformer)) if transformer else self.folder
+        evaluation = self._sample(name, folder, settings)
+        measured, below = evaluation.measured, self.reference
+        same = transformer is None and settings == UNGUIDED
+        scores = self.judge.table(measured, self.seed, None if same else below)
+        gains = [
+            np.nanmean(measured.scores[axis] - below.scores[axis]) / scale
+            for axis, scale in self.scale.items()
+            if scale
+        ]
+        gsb = {
+            source: compare(measured.scores, below.scores, measured.labels, panel, "sft", self.seed)
+            for source, panel in self.panels.items()
+        }
+        ratio = scores[FRECHET.name].mean / self.distance
+        return Verdict(evaluation.nfe, evaluation.seconds_per_video, scores, float(np.mean(gains)), gsb, ratio)
+
+    def _sample(self, name: str, folder: ModelFolder, settings: tuple[str, ...], draw: int = 0) -> Evaluation:
+        """Sample and measure, or read what an earlier call measured of the same; without the clips."""
+        config, path = self.config, self.kept / f"{name.replace(' ', '_').replace(',', '')}.npz"
+        key = _key(folder, [settings, config.samples, self.prompts, self.seed, draw])
+        asked = [prompt for prompt in self.prompts for _ in range(config.samples)]
+        if path.exists():
+            with np.load(path) as kept:
+                found = dict(kept)
+            if found.pop("key").item() == key:
+                features, nfe, seconds = (found.pop(fact) for fact in (":features", ":nfe", ":seconds"))
+                measured = Measured(torch.empty(0), asked, found, torch.from_numpy(features))
+                return Evaluation(measured, int(nfe), float(seconds))
+        seed = rng.key("evaluation", self.seed, draw)
+        made = evaluate(
+            folder, self.judge, self.prompts, config.samples, seed, config.batch_size, f"sampling {name}", settings
+        )
+        facts = {":features": made.measured.features.numpy(), ":nfe": made.nfe, ":seconds": made.seconds_per_video}
+        payload = io.BytesIO()
+        np.savez(payload, key=key, **facts, **made.measured.scores)  # type: ignore[arg-type]
+        replace_file(path, payload.getvalue())
+        return replace(made, measured=replace(made.measured, videos=torch.empty(0)))
+
+
+def _key(folder: ModelFolder, asked: list[object]) -> str:
+    """Names what was sampled: weights, schedule, and how."""
+    digest = hashlib.sha256(json.dumps([asdict(folder.defaults), folder.codec.fingerprint, asked]).encode())
+    for weight in folder.transformer.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
