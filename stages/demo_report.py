@@ -36,7 +36,7 @@ from reelforge.stages.evaluation import (
 )
 
 _SHEET_ROWS, _FAILURES = 10, 6
-_TRUTH_SAMPLES = 12  # clean clips a prompt that sets of clips are compared with
+TRUTH_SAMPLES = 12  # clean clips a prompt that sets of clips are compared with
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
     "saw. Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what a later stage trains on; votes "
@@ -127,7 +127,7 @@ def judge_and_report(
         return evaluate(folders[name], judge, prompts, config.samples, draw_seed, config.batch_size, label, settings)
 
     asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    members = (range(config.samples), range(config.samples, config.samples + _TRUTH_SAMPLES))
+    members = (range(config.samples), range(config.samples, config.samples + TRUTH_SAMPLES))
     pictures, others = (through_codec(first.codec, truth_clips(scenes, part, video, seed)) for part in members)
     truth = judge.calibrate(pictures, asked, others)
     evaluations = {name: sampled(name, 0) for name in folders}

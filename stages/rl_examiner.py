@@ -19,7 +19,7 @@ from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.rewards import calibration
-from reelforge.stages.demo_report import _TRUTH_SAMPLES, EvaluationConfig, through_codec
+from reelforge.stages.demo_report import TRUTH_SAMPLES, EvaluationConfig, through_codec
 from reelforge.stages.evaluation import (
     FRECHET,
     REWARDS,
@@ -86,7 +86,7 @@ class Examiner:
         self.judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
         scenes = held_out_prompts(self.config.prompts)
         self.prompts = [prompt for _, prompt in scenes]
-        members = (range(samples), range(samples, samples + _TRUTH_SAMPLES))
+        members = (range(samples), range(samples, samples + TRUTH_SAMPLES))
         clean, others = (through_codec(base.codec, truth_clips(scenes, part, video, seed)) for part in members)
         truth = self.judge.calibrate(clean, [prompt for prompt in self.prompts for _ in range(samples)], others)
         self.truth = self.judge.table(truth, seed)

@@ -123,14 +123,23 @@ class Policy:
             v_uncond = v_uncond.detach()
         return guide(v_uncond, v_cond, self.config.guidance_scale)
 
-    @torch.no_grad()
-    def prepare(self, prompts: Sequence[int]) -> None:
-        """Upload these prompts' text and project it once, under the current weights."""
+    def hold(self, prompts: Sequence[int]) -> Tensor:
+        """Upload these prompts' text, which is all that training asks for: ``[1 + prompts, S, E]``."""
         unique = sorted(set(prompts))
         self._rows = {prompt: row for row, prompt in enumerate(unique, start=1)}
         self._embeddings = self.text[[-1, *unique]].to(self.device)
+        self._contexts = None
+        return self._embeddings
+
+    @torch.no_grad()
+    def prepare(self, prompts: Sequence[int]) -> None:
+        """:meth:`hold`, and project the text once, under the current weights, for :meth:`sample`.
+
+        Keys and values of all blocks are 94 MB a prompt for 1.3B and 420 MB for 14B: prepare one batch at a time.
+        """
+        embeddings = self.hold(prompts)
         with self._sampling():
-            self._contexts = self.model.text_context(self._embeddings)
+            self._contexts = self.model.text_context(embeddings)
 
     @torch.no_grad()
     def sample(self, x: Tensor, timestep: Tensor, prompts: Sequence[int]) -> Tensor:

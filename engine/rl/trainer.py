@@ -120,17 +120,20 @@ class GrpoTask:
     def _roll_out(self, iteration: int) -> _Iteration:
         groups = self.planner.iteration(iteration)
         own = self.planner.share(iteration, distributed.rank(), distributed.world_size())
-        self.policy.prepare([groups[slot].prompt for slot in own])
         rewards = torch.zeros(len(self.scoring.axes), len(groups), self.sampler.config.group_size, dtype=torch.float64)
         decisions: list[Decision] = []
         pending: list[tuple[list[int], Pending]] = []
-        start, evaluations = time.monotonic(), 0
+        rollout_s, evaluations = 0.0, 0
         for slots in (own[first : first + self.rollout_groups] for first in range(0, len(own), self.rollout_groups)):
             part = [groups[slot] for slot in slots]
+            start = time.monotonic()
+            self.policy.prepare([group.prompt for group in part])
             rolled = self.sampler.run(self.policy, part, slots, iteration, self.device)
+            rollout_s += time.monotonic() - start
             decisions += rolled.decisions
             evaluations += rolled.evaluations
             pending.append((slots, self.scoring.submit(rolled.latents, self._texts(part))))
+        self.policy.hold([groups[slot].prompt for slot in own])
         rolled_out = time.monotonic()
         for slots, scores in pending:
             found = scores.result()
@@ -145,8 +148,8 @@ class GrpoTask:
             advantages = shuffle(advantages, self.planner.seed, iteration)
         targets = self._targets(groups, advantages)
         facts = {
-            "nfe": evaluations * self.policy.branches,
-            "rollout_s": rolled_out - start,
+            "nfe": self._total(evaluations) * self.policy.branches,
+            "rollout_s": rollout_s,
             "decode_s": sum(scores.decode_s for _, scores in pending),
             "score_s": sum(scores.score_s for _, scores in pending),
             "wait_s": waited,
@@ -185,6 +188,11 @@ class GrpoTask:
         shared = rewards.to(self.device)
         distributed.sum_([shared])
         return shared.cpu()
+
+    def _total(self, count: int) -> int:
+        shared = torch.tensor(count, device=self.device)
+        distributed.sum_([shared])
+        return int(shared.item())
 
     def _targets(self, groups: Sequence[Group], advantages: Advantages) -> Targets:
         counted = advantages.counted

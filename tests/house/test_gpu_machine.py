@@ -19,7 +19,8 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent)
-folders = [f"tests/{name}" for name in ("kernels", "bench", "model", "flow")]
+folders = [f"tests/{name}" for name in ("kernels", "bench", "model", "flow", "rl")]
+folders.append("tests/rewards/test_scoring_gpu.py")
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:hypothesispytest", "-p", "no:cacheprovider", *folders]))
 """
 

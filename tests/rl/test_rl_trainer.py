@@ -141,6 +141,7 @@ def test_rewards_reach_their_samples(parts, tiny) -> None:
         next(task.losses(0))
         tables.append(table.seen[0][0])
     groups = task.planner.iteration(0)
+    task.policy.prepare([group.prompt for group in groups])
     alone = [task.sampler.run(task.policy, [group], [0], 0, CPU).latents for group in groups]
     expected = torch.stack([brightness(x0, ()) + 10 * g.prompt for x0, g in zip(alone, groups, strict=True)])
     for table in tables:
