@@ -17,7 +17,7 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import replace_file
-from reelforge.engine.core.metrics import read_jsonl
+from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.core.types import VideoSpec
@@ -221,13 +221,8 @@ class Demo:
         return folder
 
     def _cost(self, name: str) -> StageCost:
-        """Training seconds out of the run's own log: steps times seconds a step, line by line."""
-        run, steps, seconds, last = RunDir(self.root / name), 0, 0.0, 0
-        for line in read_jsonl(run.metrics):
-            if "step_s" in line:
-                seconds += line["step_s"] * (line["step"] - last)
-                last = steps = line["step"]
-        return StageCost(steps, seconds, run.metrics)
+        metrics = RunDir(self.root / name).metrics
+        return StageCost(*training_time(metrics), metrics)
 
 
 def load_config(quick: bool, overrides: list[str]) -> DemoConfig:

@@ -17,7 +17,7 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware
 from reelforge.engine.core.errors import ConfigError, TrainingError
 from reelforge.engine.core.files import replace_file
-from reelforge.engine.core.metrics import read_jsonl
+from reelforge.engine.core.metrics import read_jsonl, training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.rl.forecast import trained_states
 from reelforge.engine.rl.plan import Planner, evaluations
@@ -96,8 +96,9 @@ class Study:
             stopped = error.what
         lines = [line for line in read_jsonl(config.output / "metrics.jsonl") if "step_s" in line]
         cosines = [line["gradient_cosine"] for line in lines if line["gradient_cosine"] is not None]
+        _, seconds = training_time(config.output / "metrics.jsonl")
         return Training(
-            training_seconds(config.output), len(lines), training_nfe(config, len(lines)),
+            seconds, len(lines), training_nfe(config, len(lines)),
             sum(cosines) / len(cosines) if cosines else None,
             _axis_means(lines, "within_group"), _axis_means(lines, "rho"), stopped,
         )  # fmt: skip
@@ -105,8 +106,9 @@ class Study:
     def _continue_sft(self, arm: Arm) -> Training:
         """The demo's own fine-tuning once more, optimizer and schedule from the start, for RLHF's seconds."""
         config = configuration.load(SftConfig, self.demo / "sft" / "config.resolved.toml")
-        rate = training_seconds(self.demo / "sft") / config.train.steps
-        steps = max(1, round(training_seconds(self.out / _slug(_TIMED_LIKE)) / rate))
+        done, taken = training_time(self.demo / "sft" / "metrics.jsonl")
+        _, seconds = training_time(self.out / _slug(_TIMED_LIKE) / "metrics.jsonl")
+        steps = max(1, round(seconds / taken * done))
         config = dataclasses.replace(
             config,
             model=self.demo / "sft_model",
@@ -115,20 +117,11 @@ class Study:
             train=dataclasses.replace(config.train, steps=steps),
         )
         sft.run(config)
-        return Training(training_seconds(config.output), steps)
+        _, seconds = training_time(config.output / "metrics.jsonl")
+        return Training(seconds, steps)
 
     def _run(self, arm: Arm) -> Path:
         return self.out / _slug(arm.name)
-
-
-def training_seconds(run: Path) -> float:
-    """Steps times seconds a step, line by line of a run's log."""
-    seconds, last = 0.0, 0
-    for line in read_jsonl(run / "metrics.jsonl"):
-        if "step_s" in line:
-            seconds += line["step_s"] * (line["step"] - last)
-            last = line["step"]
-    return seconds
 
 
 def training_nfe(config: RlhfConfig, iterations: int) -> int:

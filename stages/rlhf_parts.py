@@ -18,10 +18,9 @@ from reelforge.engine.io.model_files import read_json
 from reelforge.engine.model.folder import GenerationDefaults, load_codec, load_generation_defaults, load_text_encoder
 from reelforge.engine.model.generation import latent_shape
 from reelforge.engine.model.generator import decode_uint8
-from reelforge.engine.model.lora import inject, lora_parameters
+from reelforge.engine.model.lora import lora_parameters
 from reelforge.engine.model.text import Umt5TextEncoder
 from reelforge.engine.model.wan import WanTransformer
-from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.rewards.contract import Scorer
 from reelforge.engine.rewards.registry import build_scorers
 from reelforge.engine.rewards.scoring import Decode, Scoring
@@ -33,6 +32,7 @@ from reelforge.engine.rl.policy import Policy
 from reelforge.engine.rl.prompts import encode_prompts, read_prompts
 from reelforge.engine.rl.rollout import Sampler
 from reelforge.engine.rl.trainer import GrpoTask
+from reelforge.engine.train.start import load_for_training
 from reelforge.engine.train.state import TrainState
 from reelforge.stages.rlhf_config import RlhfConfig
 
@@ -67,7 +67,7 @@ def build(config: RlhfConfig, device: torch.device) -> Parts:
     scorers = build_scorers(config.rewards, defaults.video)
     codec = load_codec(config.model, device)
     shape = latent_shape(codec, defaults.video)
-    model = _load_model(config, device)
+    model = load_for_training(config.model, config.lora, config.train, config.gradient_checkpointing, device)
     parameters = _trained(config, model)
     frozen = config.loss.kl.weight > 0 and not config.lora
     reference = copy.deepcopy(model).requires_grad_(False) if frozen else None
@@ -142,15 +142,6 @@ def _note_bad_samples(output: Path, records: list[dict[str, Any]]) -> None:
         with JsonlLog(output / "bad_samples.jsonl") as log:
             for record in records:
                 log.write(**record)
-
-
-def _load_model(config: RlhfConfig, device: torch.device) -> WanTransformer:
-    frozen_bf16 = config.lora is not None and config.train.precision == "bf16"
-    model = load_transformer(config.model / "transformer", torch.bfloat16 if frozen_bf16 else None, device)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if config.lora:
-        inject(model, config.lora, config.train.seed)
-    return model
 
 
 def _trained(config: RlhfConfig, model: WanTransformer) -> dict[str, nn.Parameter]:

@@ -25,12 +25,13 @@ from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.io.video import write_video
 from reelforge.engine.model.folder import load_codec, load_generation_defaults, load_text_encoder
 from reelforge.engine.model.generation import Guidance, half_precision, latent_shape, sample_latents
-from reelforge.engine.model.lora import LoraConfig, inject, lora_parameters, save_adapter
+from reelforge.engine.model.lora import LoraConfig, lora_parameters, save_adapter
 from reelforge.engine.model.wan import WanTransformer
-from reelforge.engine.model.weights import load_transformer, save_transformer
+from reelforge.engine.model.weights import save_transformer
 from reelforge.engine.train import flow_loss
 from reelforge.engine.train.flow_loss import FlowLossConfig
 from reelforge.engine.train.loop import Hooks, LoopConfig, TrainLoop
+from reelforge.engine.train.start import load_for_training
 from reelforge.engine.train.state import OptimizerConfig, TrainState
 from reelforge.engine.train.validation import BINS, validate
 from reelforge.stages.console import emit
@@ -151,7 +152,7 @@ def identity(config: SftConfig) -> str:
 
 
 def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
-    model = _load_model(config, device)
+    model = load_for_training(config.model, config.lora, config.train, config.gradient_checkpointing, device)
     cache = LatentCache.open(config.cache)
     if distributed.rank() == 0:
         cache.check(load_codec(config.model))  # the text encoder is too large to load for a check alone
@@ -175,16 +176,6 @@ def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
             save_adapter(model, weights) if config.lora else save_transformer(model, weights)
     distributed.barrier()
     return first_step
-
-
-def _load_model(config: SftConfig, device: torch.device) -> WanTransformer:
-    # Trained weights are fp32; frozen ones under an adapter need not be.
-    frozen_bf16 = config.lora is not None and config.train.precision == "bf16"
-    model = load_transformer(config.model / "transformer", torch.bfloat16 if frozen_bf16 else None, device)
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if config.lora:
-        inject(model, config.lora, config.train.seed)
-    return model
 
 
 def last_metrics(root: Path) -> dict[str, Any]:

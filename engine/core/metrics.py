@@ -64,3 +64,13 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
+
+
+def training_time(path: Path) -> tuple[int, float]:
+    """Steps of a run and the seconds they took, by its own log: steps times seconds a step, line by line."""
+    last, seconds = 0, 0.0
+    for line in read_jsonl(path):
+        if "step_s" in line:
+            seconds += line["step_s"] * (line["step"] - last)
+            last = line["step"]
+    return last, seconds

@@ -1,16 +1,13 @@
 """Two gloo processes against one: the same plan, rewards, gradients and weights; and a rank that drifts is caught."""
 
-import os
-import tempfile
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from two_processes import in_two_processes
 
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import TrainingError
@@ -47,25 +44,6 @@ class Told(Fusion):
     def __call__(self, rewards: Tensor, wanted: Tensor | None = None) -> Advantages:
         self.tables = [*getattr(self, "tables", []), rewards.clone()]
         return super().__call__(rewards, wanted)
-
-
-def in_two_processes(work: Callable[[int], int | None], folder: Path) -> list[int]:
-    """Exit codes of ``work(rank)`` in two forked gloo ranks; a traceback is code 1."""
-    store, children = tempfile.mkdtemp(dir=folder), []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=2)
-                code = work(rank) or 0
-                dist.destroy_process_group()
-            finally:
-                if code == 1:
-                    traceback.print_exc()
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 class Run:

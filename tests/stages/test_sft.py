@@ -27,6 +27,7 @@ from reelforge.engine.model.lora import LoraConfig, load_adapter, lora_parameter
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.weights import load_transformer, save_transformer
 from reelforge.engine.train.loop import LoopConfig
+from reelforge.engine.train.start import load_for_training
 from reelforge.engine.train.state import OptimizerConfig
 from reelforge.stages import sft
 from reelforge.stages.cache import CacheConfig
@@ -208,7 +209,8 @@ def test_lora_trains_the_adapter_alone(inputs, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_losses_are_those_of_the_whole_batch_by_hand(inputs, tmp_path, precision, checkpointing):
     config = config_of(inputs, tmp_path, train={"precision": precision}, gradient_checkpointing=checkpointing)
-    model = sft._load_model(config, torch.device("cpu"))
+    device = torch.device("cpu")
+    model = load_for_training(config.model, config.lora, config.train, config.gradient_checkpointing, device)
     cache = LatentCache.open(config.cache)
     task = SftTask(config, model, cache, torch.device("cpu"))
     assert model.gradient_checkpointing is checkpointing

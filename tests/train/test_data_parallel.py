@@ -1,14 +1,12 @@
 """Two gloo processes against one: same weights, one writer, common stop, replica check."""
 
 import os
-import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
+from two_processes import in_two_processes
 
 from reelforge.engine.core import distributed, rng
 from reelforge.engine.core.errors import ConfigError, Interrupted, TrainingError
@@ -61,29 +59,9 @@ def train(folder: Path) -> None:
     loop.fit(Hooks(losses_of(model), lambda step: validate(model, held_out, 3, 4, "fp32")))
 
 
-def in_two_processes(work, folder: Path) -> list[int]:
-    """Exit codes of ``work(rank, folder)`` in two forked gloo ranks; a traceback is code 1."""
-    # A store of its own: a second rendezvous in a used one finds the addresses of ranks that are gone.
-    store, children = tempfile.mkdtemp(dir=folder), []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=2)
-                code = work(rank, folder) or 0
-                dist.destroy_process_group()
-            finally:
-                if code == 1:
-                    traceback.print_exc()
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def test_two_ranks_train_as_one(tmp_path):
     train(tmp_path / "one")
-    assert in_two_processes(lambda rank, folder: train(folder / "two"), tmp_path) == [0, 0]
+    assert in_two_processes(lambda rank: train(tmp_path / "two"), tmp_path) == [0, 0]
     one, two = (checkpoint.load(tmp_path / name / "checkpoints/step-00000012") for name in ("one", "two"))
     for group in ("weights", "ema", "adam"):
         for name, tensor in one.groups[group].items():
@@ -121,8 +99,8 @@ def stop_on_one_rank(rank: int, folder: Path) -> int:
 
 
 def test_ranks_that_drift_apart_stop_and_one_ranks_signal_stops_all(tmp_path):
-    assert in_two_processes(diverge, tmp_path) == [7, 7]
-    assert in_two_processes(stop_on_one_rank, tmp_path) == [9, 9]
+    assert in_two_processes(lambda rank: diverge(rank, tmp_path), tmp_path) == [7, 7]
+    assert in_two_processes(lambda rank: stop_on_one_rank(rank, tmp_path), tmp_path) == [9, 9]
     assert checkpoint.latest(tmp_path / "stop/checkpoints", pytest.fail).name == "step-00000005"
 
 
