@@ -37,6 +37,8 @@ PROOF = (
     *(Arm(f"sft, guidance {scale:g}", "given", settings=(f"guidance_scale={scale}",)) for scale in GUIDANCE),
     *(Arm(f"rlhf seed {seed}", role="candidate", overrides=(f"train.seed={seed}",)) for seed in SEEDS),
     Arm("shuffled", role="control", overrides=("fusion.shuffled=true", "train.seed=0")),
+    # One walk on noise may land anywhere: its spread over walks is what a gain has to be compared with.
+    *(Arm(f"shuffled seed {n}", role="control", overrides=("fusion.shuffled=true", f"train.seed={n}")) for n in (1, 2)),
     Arm("sft continued", "sft"),
 )
 _TIMED_LIKE = "rlhf seed 0"
