@@ -66,7 +66,7 @@ def run(verb: str, out: Path, demo: Path, recipe: Path, *more: str) -> Path:
 def test_every_arm_of_the_study_is_trained_and_judged(study: Path) -> None:
     found = json.loads((study / "study.json").read_text())
     arms = {arm["name"]: arm for arm in found["arms"]}
-    assert list(arms) == [arm.name for arm in PROOF] and len(arms) == 9
+    assert list(arms) == [arm.name for arm in PROOF] and len(arms) == 11
     assert arms["sft"]["verdict"]["gain"] == 0 and arms["sft"]["verdict"]["frechet_ratio"] == 1
     assert arms["sft"]["verdict"]["gsb"]["held-out voters"]["same"] == 8
     assert [arms[f"sft, guidance {g}"]["verdict"]["nfe"] for g in ("1.5", "2", "3")] == [4] * 3
