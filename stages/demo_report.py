@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
@@ -22,7 +20,7 @@ from reelforge.engine.judge.report import write_report
 from reelforge.engine.judge.results import Calibration, Results, StageResult
 from reelforge.engine.judge.sheets import Row, Sheet
 from reelforge.engine.model.folder import ModelFolder
-from reelforge.engine.model.generator import decode_uint8
+from reelforge.engine.model.generator import through_codec
 from reelforge.engine.rewards import calibration
 from reelforge.stages.evaluation import (
     REWARDS,
@@ -87,15 +85,6 @@ class Entrant:
     references: tuple[str, ...]
     cost: StageCost | None
     settings: tuple[str, ...] = ()
-
-
-def through_codec(codec: VideoCodec, videos: Tensor) -> Tensor:
-    """Encode and decode uint8 ``[B, F, H, W, 3]``: the best that a model of these latents can show."""
-    parts = []
-    for part in videos.split(64):
-        pixels = part.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-        parts.append(torch.from_numpy(decode_uint8(codec, codec.encode(pixels))))
-    return torch.cat(parts)
 
 
 def judge_and_report(

@@ -1,7 +1,6 @@
 """Models of a finished demo, judged as its report judges them: same prompts, noise, truth, panel and intervals."""
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
@@ -17,9 +18,10 @@ from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.judge.gsb import Gsb, compare, fix_panel
 from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
+from reelforge.engine.model.generator import through_codec
 from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.rewards import calibration
-from reelforge.stages.demo_report import TRUTH_SAMPLES, EvaluationConfig, through_codec
+from reelforge.stages.demo_report import TRUTH_SAMPLES, EvaluationConfig
 from reelforge.stages.evaluation import (
     FRECHET,
     REWARDS,
@@ -125,24 +127,23 @@ class Examiner:
 
     def _sample(self, name: str, folder: ModelFolder, settings: tuple[str, ...], draw: int = 0) -> Evaluation:
         """Sample and measure, or read what an earlier call measured of the same; without the clips."""
-        config, path = self.config, self.kept / f"{name.replace(' ', '_').replace(',', '')}.npz"
+        config, path = self.config, self.kept / f"{name.replace(' ', '_').replace(',', '')}.safetensors"
         key = _key(folder, [settings, config.samples, self.prompts, self.seed, draw])
         asked = [prompt for prompt in self.prompts for _ in range(config.samples)]
         if path.exists():
-            with np.load(path) as kept:
-                found = dict(kept)
-            if found.pop("key").item() == key:
-                features, nfe, seconds = (found.pop(fact) for fact in (":features", ":nfe", ":seconds"))
-                measured = Measured(torch.empty(0), asked, found, torch.from_numpy(features))
-                return Evaluation(measured, int(nfe), float(seconds))
+            with safe_open(path, "pt") as kept:
+                facts, found = kept.metadata(), {of: kept.get_tensor(of) for of in kept.keys()}  # noqa: SIM118
+            if facts["key"] == key:
+                features = found.pop("features")
+                measured = Measured(torch.empty(0), asked, {of: v.numpy() for of, v in found.items()}, features)
+                return Evaluation(measured, int(facts["nfe"]), float(facts["seconds"]))
         seed = rng.key("evaluation", self.seed, draw)
         made = evaluate(
             folder, self.judge, self.prompts, config.samples, seed, config.batch_size, f"sampling {name}", settings
         )
-        facts = {":features": made.measured.features.numpy(), ":nfe": made.nfe, ":seconds": made.seconds_per_video}
-        payload = io.BytesIO()
-        np.savez(payload, key=key, **facts, **made.measured.scores)  # type: ignore[arg-type]
-        replace_file(path, payload.getvalue())
+        facts = {"key": key, "nfe": str(made.nfe), "seconds": repr(made.seconds_per_video)}
+        tensors = {of: torch.from_numpy(values) for of, values in made.measured.scores.items()}
+        replace_file(path, save({"features": made.measured.features.contiguous(), **tensors}, facts))
         return replace(made, measured=replace(made.measured, videos=torch.empty(0)))
 
 

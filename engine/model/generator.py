@@ -136,6 +136,12 @@ def decode_uint8(codec: VideoCodec, latents: Tensor) -> np.ndarray:
     return to_uint8(codec.decode(latents.float()).contiguous()).cpu().numpy()
 
 
+def through_codec(codec: VideoCodec, videos: Tensor, batch_size: int = 64) -> Tensor:
+    """Encode and decode uint8 ``[B, F, H, W, 3]``: the best that a model of these latents can show."""
+    pixels = (part.permute(0, 4, 1, 2, 3).float() / 127.5 - 1 for part in videos.split(batch_size))
+    return torch.cat([torch.from_numpy(decode_uint8(codec, codec.encode(part))) for part in pixels])
+
+
 def resolve(defaults: GenerationDefaults, overrides: Sequence[str]) -> GenerateConfig:
     """The folder's defaults with ``--set`` laid over them."""
     table = dataclasses.asdict(defaults)

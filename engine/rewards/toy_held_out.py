@@ -4,13 +4,12 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from reelforge.engine.core import rng
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.model.folder import load_codec
-from reelforge.engine.model.generator import decode_uint8
+from reelforge.engine.model.generator import through_codec
 from reelforge.engine.rewards import calibration
 from reelforge.engine.rewards.contract import Scores
 from reelforge.engine.rewards.held_out import HeldOut
@@ -62,6 +61,6 @@ def _calibrated(video: VideoSpec, model: str) -> tuple[HeldOut, float, float]:
     held_out = HeldOut(calibration.learn_basis(_SEED, spec=video), video)
     _, truth, prompts = next(calibration.known_clips(_TRUE_CLIPS, rng.key("truth", _SEED), video))
     if codec is not None:
-        truth = torch.from_numpy(decode_uint8(codec, codec.encode(truth.movedim(-1, 1).float() / 127.5 - 1)))
+        truth = through_codec(codec, truth)
     measured = held_out.measure(truth, prompts)
     return held_out, measured["manifold"].mean(), measured["flicker"].mean()

@@ -82,10 +82,22 @@ class Rollout:
 
 @dataclass(frozen=True)
 class _Row:
-    """A state of the batch: its group's place in it, and the members of the group that it stands for."""
+    """A state of the batch: its group, that group's first sample in the iteration, the members it stands for."""
 
-    group: int
+    group: Group
+    first_sample: int
     members: range
+
+    @property
+    def sample(self) -> int:
+        """Number in the iteration of the only, or the first, member."""
+        return self.first_sample + self.members.start
+
+    def branches(self, k: int) -> list["_Row"]:
+        """Where the state goes at step k: every member on its own at the group's first stochastic step."""
+        if k != self.group.stochastic[0]:
+            return [self]
+        return [_Row(self.group, self.first_sample, range(member, member + 1)) for member in self.members]
 
 
 @dataclass(frozen=True)
@@ -131,79 +143,78 @@ class Sampler:
             slots: each one's place in the iteration, which numbers its samples.
             iteration: names the noise.
         """
-        x, rows = self._start(groups, iteration, device)
+        x, rows = self._start(groups, slots, iteration, device)
         decisions: list[Decision] = []
         evaluations = 0
         for k in range(self.grid.num_steps):
-            branches = [self._branches(groups[row.group], row, k) for row in rows]
-            following = list(itertools.chain.from_iterable(branches))
-            keys = torch.tensor([self._key(groups, row, iteration, k) for row in following], device=device)
-            counts = [len(part) for part in branches]
+            branches = [row.branches(k) for row in rows]
             velocity = torch.empty_like(x)
-            trained = {at for at, row in enumerate(rows) if k in groups[row.group].trained}
-            for part in _parts([at for at in range(len(rows)) if at not in trained], self.sample_rows):
-                velocity[part] = actor.sample(x[part], *self._told(groups, rows, part, k, device)).to(x.dtype)
-            for part in _parts(sorted(trained), self.train_rows):
-                state, (timestep, prompts) = x[part], self._told(groups, rows, part, k, device)
-                answer = actor.detached_train(state, timestep, prompts)
-                velocity[part] = answer.to(x.dtype)
-                left = [place for at in part for place in range(sum(counts[:at]), sum(counts[: at + 1]))]
-                members = [self._sample_number(slots, following[place]) for place in left]
-                offsets = _offsets([counts[at] for at in part], device)
-                taken = (keys[left], offsets, torch.tensor(members), actor.path(len(part)))
-                decisions.append(Decision(k, state, answer, timestep, prompts, *taken))
+            trained = [k in row.group.trained for row in rows]
+            for part in _parts(trained, False, self.sample_rows):
+                velocity[part] = actor.sample(x[part], *self._told([rows[at] for at in part], k, device)).to(x.dtype)
+            for part in _parts(trained, True, self.train_rows):
+                decisions.append(self._decide(actor, x[part], [branches[at] for at in part], iteration, k))
+                velocity[part] = decisions[-1].velocity.to(x.dtype)
             evaluations += len(rows)
-            at = self._coefficients(groups, rows, k, x)
-            x = fork(x, velocity, at.a, at.b, at.std, keys, _offsets(counts, device)).x
-            rows = following
+            at = self._coefficients(rows, k, x)
+            rows = list(itertools.chain.from_iterable(branches))
+            x = fork(
+                x, velocity, at.a, at.b, at.std, self._keys(rows, iteration, k, device), _offsets(branches, device)
+            ).x
         return Rollout(x, tuple(decisions), evaluations)
 
-    def _start(self, groups: Sequence[Group], iteration: int, device: torch.device) -> tuple[Tensor, list[_Row]]:
+    def _start(
+        self, groups: Sequence[Group], slots: Sequence[int], iteration: int, device: torch.device
+    ) -> tuple[Tensor, list[_Row]]:
         """M noises a group, each the start of G / M members."""
-        each = self.config.group_size // self.config.distinct_noise
+        size = self.config.group_size
+        each = size // self.config.distinct_noise
         rows = [
-            _Row(group, range(noise * each, (noise + 1) * each))
-            for group in range(len(groups))
-            for noise in range(self.config.distinct_noise)
+            _Row(group, slot * size, range(first, first + each))
+            for group, slot in zip(groups, slots, strict=True)
+            for first in range(0, size, each)
         ]
-        ids = [self.prompt_ids[groups[row.group].prompt] for row in rows]
+        ids = [self.prompt_ids[row.group.prompt] for row in rows]
         noises = [row.members.start // each for row in rows]
         return initial_noise(self.seed, ids, noises, self.shape, iteration, device).to(self.dtype), rows
 
-    def _branches(self, group: Group, row: _Row, k: int) -> list[_Row]:
-        """Where a state goes: every member on its own at the group's first stochastic step."""
-        if k != group.stochastic[0]:
-            return [row]
-        return [_Row(row.group, range(member, member + 1)) for member in row.members]
+    def _decide(self, actor: Actor, x: Tensor, branches: Sequence[list[_Row]], iteration: int, k: int) -> Decision:
+        """The training path's velocity at some states, and what leaves them."""
+        timestep, prompts = self._told([part[0] for part in branches], k, x.device)
+        velocity = actor.detached_train(x, timestep, prompts)
+        members = list(itertools.chain.from_iterable(branches))
+        keys, samples = self._keys(members, iteration, k, x.device), torch.tensor([row.sample for row in members])
+        offsets = _offsets(branches, x.device)
+        return Decision(k, x, velocity, timestep, prompts, keys, offsets, samples, actor.path(len(x)))
 
-    def _key(self, groups: Sequence[Group], row: _Row, iteration: int, k: int) -> int:
-        """Of a member's noise at step k; 0 where no noise is added."""
-        group = groups[row.group]
-        if k not in group.stochastic:
-            return 0
-        return rng.key("step", self.seed, iteration, self.prompt_ids[group.prompt], row.members.start, k)
-
-    def _told(
-        self, groups: Sequence[Group], rows: Sequence[_Row], part: Sequence[int], k: int, device: torch.device
-    ) -> tuple[Tensor, tuple[int, ...]]:
+    def _told(self, rows: Sequence[_Row], k: int, device: torch.device) -> tuple[Tensor, tuple[int, ...]]:
         """Timestep and prompt of some rows."""
-        timestep = torch.full((len(part),), self.grid.timesteps[k].item(), device=device)
-        return timestep, tuple(groups[rows[at].group].prompt for at in part)
+        timestep = torch.full((len(rows),), self.grid.timesteps[k].item(), device=device)
+        return timestep, tuple(row.group.prompt for row in rows)
 
-    def _sample_number(self, slots: Sequence[int], row: _Row) -> int:
-        return slots[row.group] * self.config.group_size + row.members.start
+    def _keys(self, rows: Sequence[_Row], iteration: int, k: int, device: torch.device) -> Tensor:
+        """Of the noise that each member got at step k; 0 where none is added."""
+        keys = [
+            rng.key("step", self.seed, iteration, self.prompt_ids[row.group.prompt], row.members.start, k)
+            if k in row.group.stochastic
+            else 0
+            for row in rows
+        ]
+        return torch.tensor(keys, device=device)
 
-    def _coefficients(self, groups: Sequence[Group], rows: Sequence[_Row], k: int, x: Tensor) -> sde.Coefficients:
+    def _coefficients(self, rows: Sequence[_Row], k: int, x: Tensor) -> sde.Coefficients:
         """Of step k for each row: the noise rate's where its group is stochastic, the ODE's elsewhere."""
         tables = [sde.step_table(self.grid, rate, x.dtype, x.device) for rate in (sde.ODE, self.rate)]
-        noisy = torch.tensor([k in groups[row.group].stochastic for row in rows], device=x.device).long()
+        noisy = torch.tensor([k in row.group.stochastic for row in rows], device=x.device).long()
         pair = (torch.stack([getattr(table, name)[k] for table in tables])[noisy] for name in ("a", "b", "std", "s"))
         return sde.Coefficients(*pair)
 
 
-def _parts(places: list[int], rows: int) -> list[list[int]]:
+def _parts(flags: Sequence[bool], wanted: bool, rows: int) -> list[list[int]]:
+    """The places whose flag is as wanted, in runs of at most ``rows``."""
+    places = [place for place, flag in enumerate(flags) if flag == wanted]
     return [places[start : start + rows] for start in range(0, len(places), rows)]
 
 
-def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
+def _offsets(branches: Sequence[list[_Row]], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(map(len, branches))], dtype=torch.int32, device=device)

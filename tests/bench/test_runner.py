@@ -35,12 +35,12 @@ def product(x: Tensor, row: Tensor, _: None) -> Tensor:
 
 def case(**changes: object) -> Case:
     made = Case("product", "1.3B 4680 x 18720", inputs, product, product, Work(1e3, 2e3), tolerance=1e-6)
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
 def session(**changes: object) -> Session:
     made = Session(CPU, "no NVML here", machine.hardware(), machine.software(), PEAK, rounds=5)
-    return replace(made, **changes)  # type: ignore[arg-type]
+    return replace(made, **changes)
 
 
 # -- accuracy ----------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_draws_of_different_names_are_uncorrelated() -> None:
 
 def test_keys_are_stable_and_told_apart() -> None:
     names = [("x_T", 0), ("x_T", 0, 0), ("x_T", 1), ("x_T", -1), ("sde", 0), ("x_T", 2**63 - 1), ("x_T",)]
-    keys = [rng.key(name, *counters) for name, *counters in names]  # type: ignore[arg-type,misc]
+    keys = [rng.key(name, *counters) for name, *counters in names]
     assert len(set(keys)) == len(keys)
     assert all(0 <= key < 2**63 for key in keys)
     assert rng.key("x_T", 0, 1, 2, 3) == rng.key("x_T", 0, 1, 2, 3)

@@ -43,7 +43,7 @@ def test_span_and_rate(
     tmp_path: Path, source: int, fps: float, spec_fps: float, span: str, expected: list[int]
 ) -> None:
     path = grey_clip(tmp_path / "a.mp4", source, fps)
-    clip, info = load_clip(path, VideoSpec(17, 32, 32, spec_fps), span)  # type: ignore[arg-type]
+    clip, info = load_clip(path, VideoSpec(17, 32, 32, spec_fps), span)
     assert clip.shape == (17, 32, 32, 3) and clip.dtype == np.uint8
     assert frames_of(clip) == expected
     assert info.duration_s == pytest.approx(source / fps)

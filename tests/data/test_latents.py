@@ -317,8 +317,8 @@ def test_a_repaired_file_is_taken_up(clips: Path, tmp_path: Path) -> None:
 def test_the_stage(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver with stand-ins for the model folder's loaders."""
     folder = types.ModuleType("folder")
-    folder.load_codec = lambda root, device: PoolCodec(str(root))  # type: ignore[attr-defined]
-    folder.load_text_encoder = lambda root, device: LetterEncoder(str(root))  # type: ignore[attr-defined]
+    folder.load_codec = lambda root, device: PoolCodec(str(root))
+    folder.load_text_encoder = lambda root, device: LetterEncoder(str(root))
     monkeypatch.setitem(sys.modules, "reelforge.engine.model.folder", folder)
     cache = run(CacheConfig(clips, Path("model"), tmp_path / "cache", SPEC))
     assert len(cache) == 7 and cache.header["codec"] == "model" and cache.header["precision"] == "bfloat16"

@@ -130,7 +130,7 @@ def test_lambda_closed_forms(num_steps: int, shift: float, eta: float, data: st.
         "wan": math.sqrt(delta) * (1 / (eta * c * sigma) + eta * c * (1 - sigma) / 2),
     }
     for kind, expected in closed.items():
-        rate = NoiseRate(kind, eta)  # type: ignore[arg-type]
+        rate = NoiseRate(kind, eta)
         assert sde.sde_lambda(grid, [k], rate).item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -159,7 +159,7 @@ def test_cps_keeps_the_noise_level(k: int, eta: float) -> None:
 @pytest.mark.parametrize("kind", RATES)
 def test_no_noise_is_the_euler_step(kind: str) -> None:
     for k in range(20):
-        at = sde.coefficients(GRID, [k], NoiseRate(kind, 0.0))  # type: ignore[arg-type]
+        at = sde.coefficients(GRID, [k], NoiseRate(kind, 0.0))
         euler = X + (GRID.sigmas[k + 1] - GRID.sigmas[k]) * V
         assert at.std.item() == 0
         torch.testing.assert_close(sde.step(X, V, at, Z), euler, rtol=0, atol=0 if kind != "cps" else 1e-15)
@@ -169,7 +169,7 @@ def test_no_noise_is_the_euler_step(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "shift", "rate"), [*product(("unipc_flow", "euler"), (1.0, 3.0, 8.0), RATES)])
 def test_first_step_is_sane_on_both_schedules(kind: str, shift: float, rate: str) -> None:
     """Unguarded, Flow-GRPO's rate at sigma .999666 gives std 5 and a = -11.7, and at sigma 1 infinity."""
-    grid = FlowSchedule(kind, shift).grid(20)  # type: ignore[arg-type]
+    grid = FlowSchedule(kind, shift).grid(20)
     at = sde.coefficients(grid, [0], RATES[rate])
     assert 0 < at.std.item() < 1
     assert 0 < at.a.item() <= 1
@@ -215,7 +215,7 @@ def test_ratio_is_exactly_one_on_policy(dtype: torch.dtype) -> None:
     noise = rng.normal([3, 4], (4, 3, 8, 8))
     at = sde.coefficients(GRID, [2, 5], RATES["dance"])
     for form in ("exact", "debiased"):
-        ratio = sde.velocity_log_ratio(velocity, velocity.clone(), noise, at.lambda_, form)  # type: ignore[arg-type]
+        ratio = sde.velocity_log_ratio(velocity, velocity.clone(), noise, at.lambda_, form)
         assert torch.equal(ratio.value.exp(), torch.ones(2, dtype=torch.float64))
         assert torch.equal(ratio.kl, torch.zeros(2, dtype=torch.float64))
 

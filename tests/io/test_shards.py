@@ -99,7 +99,7 @@ def test_killed_at_any_system_call_then_resumed(tmp_path: Path, monkeypatch: pyt
             calls += 1
             if calls > moment:
                 raise Killed
-            return function(*arguments)  # type: ignore[operator]
+            return function(*arguments)
 
         return call
 

@@ -76,7 +76,7 @@ def test_keys_keep_the_order_of_the_schema() -> None:
         (lambda t: t.update(stages=[4]), r"stages\[0\].* is 4"),
     ],
 )
-def test_reading_is_strict(change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_reading_is_strict(change, message: str) -> None:
     table = json.loads(record.to_json(small()))
     change(table)
     with pytest.raises(DataError, match=message):

@@ -274,7 +274,7 @@ def test_cudnn_has_no_deterministic_backward() -> None:
 )
 @pytest.mark.parametrize("name", ["sdpa", "torch", "triton"])
 def test_operands_that_do_not_match_are_named(name: str, change: object, message: str) -> None:
-    tensors = change(*operands((5, 7), 16, torch.float32))  # type: ignore[operator]
+    tensors = change(*operands((5, 7), 16, torch.float32))
     with dispatch.pinned("attention", name), pytest.raises(KernelError, match=message):
         op.attention(*tensors)
 

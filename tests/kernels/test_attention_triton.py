@@ -140,7 +140,7 @@ def test_the_custom_op_is_registered_right() -> None:
     ],
 )
 def test_what_the_kernel_does_not_take_is_named(change: object, message: str) -> None:
-    tensors = change(*operands((5, 7), 32))  # type: ignore[operator]
+    tensors = change(*operands((5, 7), 32))
     with parity.triton("attention"), pytest.raises(KernelError, match=message):
         attention(*tensors)
 

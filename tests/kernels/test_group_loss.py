@@ -173,10 +173,10 @@ def test_operands_of_the_wrong_size_are_named(name: str, change: dict[int, Tenso
     for place, value in change.items():
         operands[place] = value
     with pytest.raises(KernelError, match=name):
-        group_loss(*operands, NO_CLIP)  # type: ignore[arg-type]
+        group_loss(*operands, NO_CLIP)
 
 
 def test_an_unknown_ratio_is_named() -> None:
     zero = torch.zeros(1, dtype=torch.float64)
     with pytest.raises(KernelError, match="'unbiased'"):
-        log_ratio(Terms(zero, zero), zero, "unbiased")  # type: ignore[arg-type]
+        log_ratio(Terms(zero, zero), zero, "unbiased")

@@ -42,7 +42,7 @@ def exact(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize(("counter", "key", "expected"), VECTORS)
 def test_random123_known_answers(counter: str, key: str, expected: str) -> None:
     low, high = (torch.tensor([word]) for word in words(key))
-    out = philox.philox(tuple(torch.tensor([word]) for word in words(counter)), low, high)  # type: ignore[arg-type]
+    out = philox.philox(tuple(torch.tensor([word]) for word in words(counter)), low, high)
     assert [int(word) for word in out] == words(expected)
 
 

@@ -28,7 +28,7 @@ def draw(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype 
 
 def call(function: object, heads: int, q: Tensor, k: Tensor, *rest: Tensor, round_norm: bool = False) -> tuple:
     q_weight, k_weight, cos, sin = rest
-    return function(q, k, q_weight, k_weight, (cos, sin), heads, EPS, round_norm=round_norm)  # type: ignore[operator]
+    return function(q, k, q_weight, k_weight, (cos, sin), heads, EPS, round_norm=round_norm)
 
 
 def assert_near_fp64(heads: int, tensors: list[Tensor]) -> None:
@@ -111,7 +111,7 @@ def test_custom_ops_are_registered_right() -> None:
 )
 def test_what_the_kernel_does_not_take_is_named(place: int, change: object, message: str) -> None:
     tensors = [parity.zeros(*shape) for shape in [(2, 96, 96)] * 2 + [(96,)] * 2 + [(96, 16)] * 2]
-    tensors[place] = change(tensors[place])  # type: ignore[operator]
+    tensors[place] = change(tensors[place])
     with parity.triton("qk_norm_rope"), pytest.raises(KernelError, match=message):
         call(qk_norm_rope.qk_norm_rope, 3, *tensors)
 

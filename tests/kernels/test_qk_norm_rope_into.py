@@ -25,7 +25,7 @@ def draw(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype 
 def call(function: object, heads: int, tensors: list[Tensor], caches: Tensor, *, round_norm: bool = False) -> Tensor:
     *operands, cos, sin = tensors
     slots = [cache[:, SPAN] for cache in caches]
-    return function(*operands, (cos, sin), heads, EPS, *slots, round_norm=round_norm)  # type: ignore[operator]
+    return function(*operands, (cos, sin), heads, EPS, *slots, round_norm=round_norm)
 
 
 @pytest.mark.parametrize("dtype", parity.DTYPES, ids=str)
@@ -87,6 +87,6 @@ def test_a_gradient_is_refused(implementation: str) -> None:
     ],
 )
 def test_a_slot_that_the_kernel_does_not_take_is_named(change: object, message: str) -> None:
-    caches = [change(parity.zeros(1, 5, 3, 32)), parity.zeros(1, 5, 3, 32)]  # type: ignore[operator]
+    caches = [change(parity.zeros(1, 5, 3, 32)), parity.zeros(1, 5, 3, 32)]
     with parity.triton("qk_norm_rope_into"), pytest.raises(KernelError, match=message):
         call(qk_norm_rope_into.qk_norm_rope_into, 3, draw(1, 2, 3, 32), caches)

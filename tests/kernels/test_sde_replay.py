@@ -118,4 +118,4 @@ def test_custom_ops_are_registered_right() -> None:
 )
 def test_what_the_kernel_does_not_take_is_named(change: object, message: str) -> None:
     with parity.triton("sde_replay"), pytest.raises(KernelError, match=message):
-        replay(*change(*velocities(6)))  # type: ignore[operator]
+        replay(*change(*velocities(6)))

@@ -26,9 +26,9 @@ def operands(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, .
 
 def both(*tensors: Tensor | None, **options: object) -> tuple[Fork, Fork]:
     with parity.triton("sde_step", "torch"):
-        expected = fork(*tensors, **options)  # type: ignore[arg-type]
+        expected = fork(*tensors, **options)
     with parity.triton("sde_step"):
-        return fork(*tensors, **options), expected  # type: ignore[arg-type]
+        return fork(*tensors, **options), expected
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -134,10 +134,10 @@ def test_every_implementation_gives_the_same_bits(count: int, dtype: torch.dtype
     coefficients = [parity.randn(seed, 2) for seed in (3, 4, 5)]
     groups = KEYS.cuda(), torch.tensor([0, 2, 6], dtype=torch.int32, device="cuda")
     operands, options = (x, velocity, *coefficients, *groups), {"guidance_scale": 4.7, "keep_velocity": True}
-    expected = sde_step.fork(*(t.cpu() for t in operands), v_uncond=v_uncond.cpu(), **options)  # type: ignore[arg-type]
+    expected = sde_step.fork(*(t.cpu() for t in operands), v_uncond=v_uncond.cpu(), **options)
     for implementation in ("cuda", "triton", "torch"):
         with parity.triton("sde_step", implementation):
-            found = sde_step.fork(*operands, v_uncond=v_uncond, **options)  # type: ignore[arg-type]
+            found = sde_step.fork(*operands, v_uncond=v_uncond, **options)
         for actual, wanted in zip(found, expected, strict=True):
             assert torch.equal(actual.cpu(), wanted), implementation
 

@@ -35,7 +35,7 @@ def inputs(timesteps: tuple[int, ...] = (2,)) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("timesteps", [(2,), (2, 3)], ids=["one a sample", "one a frame"])
 @pytest.mark.parametrize("precision", ["fast", "reference"])
 def test_forward(model: WanTransformer, precision: str, timesteps: tuple[int, ...]) -> None:
-    model.precision = precision  # type: ignore[assignment]
+    model.precision = precision
     with torch.no_grad():
         expected = model(*inputs(timesteps))
         with every_op("triton"):

@@ -75,7 +75,8 @@ def test_chunk_steps_and_clean_passes(seen: str) -> None:
         def renoise(k: int) -> torch.Tensor:
             return rng.normal(keys[k], noise.shape[1:])
 
-        generation.sample_chunks(transformer, guidance(1, 3.0), noise, grid, (2, 2, 2), renoise, on_step)
+        x0 = generation.sample_chunks(transformer, guidance(1, 3.0), noise, grid, (2, 2, 2), renoise, on_step)
+    assert x0.shape == noise.shape and x0.device.type == "cuda"
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
@@ -83,7 +84,8 @@ def test_ode_sampling_with_guidance(solver: str, seen: str) -> None:
     grid = FlowSchedule("unipc_flow", 3.0).grid(4)
     with fake_cuda(), guarded_after_first_step(seen) as on_step:
         transformer, noise = model(), randn(2, 16, 4, *SIZE)
-        generation.sample_latents(transformer, guidance(2, 4.5), noise, grid, solver, on_step)
+        x0 = generation.sample_latents(transformer, guidance(2, 4.5), noise, grid, solver, on_step)
+    assert x0.shape == noise.shape and x0.device.type == "cuda"
 
 
 FAULTS: dict[str, Callable[[torch.Tensor], object]] = {

@@ -47,17 +47,18 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def run_twice(work: Callable[[], object]) -> None:
+def run_twice(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The second run's result; a host that waits in it is an error."""
     work()
     with no_waiting():
-        work()
+        return work()
 
 
 @pytest.mark.parametrize("layout", [None, chunk_causal((2, 2)), packed_teacher_forcing((1, 1))])
 def test_a_forward(model: WanTransformer, layout: Layout | None) -> None:
     latents = randn(1, 16, 4 if layout is None else len(layout.frame_index), *SIZE)
     timestep, text = randn(1), randn(1, 6, 32)
-    run_twice(lambda: model(latents, timestep, text, layout=layout))
+    assert run_twice(lambda: model(latents, timestep, text, layout=layout)).isfinite().all()
 
 
 def test_a_chunk_step_and_its_clean_pass(model: WanTransformer) -> None:
@@ -65,15 +66,16 @@ def test_a_chunk_step_and_its_clean_pass(model: WanTransformer) -> None:
     context = model.text_context(randn(1, 6, 32))
     cache = model.new_cache(1, 2, 4, *SIZE)
 
-    def two_chunks() -> None:
+    def two_chunks() -> torch.Tensor:
         cache.reset()
         for _ in range(2):
             velocity = model(x, timestep, context, chunk=cache.denoising(2, cache.scratch_tokens))
             clean = cache.clean(2, cache.scratch_tokens)
             model(x - velocity, torch.zeros_like(timestep), context, chunk=clean)
             cache.commit(clean)
+        return velocity
 
-    run_twice(two_chunks)
+    assert run_twice(two_chunks).isfinite().all()
 
 
 def test_few_step_chunks(model: WanTransformer) -> None:
@@ -83,13 +85,13 @@ def test_few_step_chunks(model: WanTransformer) -> None:
     def renoise(k: int) -> torch.Tensor:
         return rng.normal(keys[k], noise.shape[1:])
 
-    run_twice(lambda: generation.sample_chunks(model, text, noise, grid, (2, 2), renoise))
+    assert run_twice(lambda: generation.sample_chunks(model, text, noise, grid, (2, 2), renoise)).isfinite().all()
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
 def test_ode_sampling_with_guidance(model: WanTransformer, solver: SolverName) -> None:
     grid, noise, text = FlowSchedule("unipc_flow", 3.0).grid(4), randn(2, 16, 4, *SIZE), guidance(2, 4.5)
-    run_twice(lambda: generation.sample_latents(model, text, noise, grid, solver))
+    assert run_twice(lambda: generation.sample_latents(model, text, noise, grid, solver)).isfinite().all()
 
 
 @pytest.mark.parametrize("fault", [lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: x[x > 0]])

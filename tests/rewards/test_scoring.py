@@ -61,7 +61,7 @@ class Planted:
 
     def score(self, videos: Tensor, prompts: Sequence[str]) -> dict[str, Scores]:
         self.batches.append(len(prompts))
-        return self.answer(videos, prompts)  # type: ignore[return-value]
+        return self.answer(videos, prompts)
 
 
 def bad(values: Tensor) -> dict[str, Scores]:

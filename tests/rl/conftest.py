@@ -60,14 +60,14 @@ class Parts:
     def policy(self, model: WanTransformer | None = None, path: PathConfig | None = None, **others: object) -> Policy:
         """In fp32 throughout unless told otherwise."""
         settings = {"precision": "fp32", **others}
-        return Policy(model or tiny_transformer(), self.text, path or PathConfig(sample_precision="fp32"), **settings)  # type: ignore[arg-type]
+        return Policy(model or tiny_transformer(), self.text, path or PathConfig(sample_precision="fp32"), **settings)
 
     def sampler(self, plan: PlanConfig, rate: NoiseRate | None = None, **others: object) -> Sampler:
         """Three states a deterministic forward, two a trained one."""
         settings = {"sample_rows": 3, "train_rows": 2, "seed": 5, **others}
         grid = FlowSchedule("unipc_flow", 3.0).grid(self.num_steps)
         ids = [rng.key("prompt", n) for n in range(self.prompts)]
-        return Sampler(plan, grid, rate or NoiseRate("trunc"), ids, self.shape, **settings)  # type: ignore[arg-type]
+        return Sampler(plan, grid, rate or NoiseRate("trunc"), ids, self.shape, **settings)
 
     def groups(self, plan: PlanConfig, count: int = 4, iteration: int = 0) -> tuple[Group, ...]:
         """As planned."""

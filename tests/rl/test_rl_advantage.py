@@ -40,7 +40,7 @@ DIVISORS = {
 
 
 def fuse(rewards: Tensor, wanted: Tensor | None = None, axes: str = "ab", **config: object):
-    return Fusion(FusionConfig(**{"clip": 100.0, **config}), list(axes)[: len(rewards)])(rewards, wanted)  # type: ignore[arg-type]
+    return Fusion(FusionConfig(**{"clip": 100.0, **config}), list(axes)[: len(rewards)])(rewards, wanted)
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -271,7 +271,7 @@ def test_shuffle_permutes_what_counts() -> None:
 @pytest.mark.parametrize("kind", ["trunc", "wan", "flow", "dance"])
 def test_weights_the_long_way(kind: str, rectify: bool) -> None:
     """Sample by sample: (1 / lambda_k) / mean over all decisions of 1 / lambda, over their number."""
-    lambda_ = sde.sde_lambda(FlowSchedule().grid(10), range(10), NoiseRate(kind))  # type: ignore[arg-type]
+    lambda_ = sde.sde_lambda(FlowSchedule().grid(10), range(10), NoiseRate(kind))
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
         groups, members = (int(torch.randint(1, top, (), generator=generator)) for top in (10, 9))

@@ -100,7 +100,7 @@ def test_on_policy_under_every_preset(parts, tiny, preset: str) -> None:
 
 
 def replaced(decisions: Sequence[Decision], change: Callable[[Decision], dict[str, object]]) -> list[Decision]:
-    return [dataclasses.replace(decision, **change(decision)) for decision in decisions]  # type: ignore[arg-type]
+    return [dataclasses.replace(decision, **change(decision)) for decision in decisions]
 
 
 def blind(policy: Policy, decisions: Sequence[Decision]) -> list[Decision]:

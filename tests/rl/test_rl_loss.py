@@ -107,7 +107,7 @@ def direct(case: Case, decision: Decision, low: float, high: float) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["trunc", "wan", "flow", "dance", "cps"])
 def test_ratio_is_the_difference_of_log_densities(parts, tiny, moved, kind: str) -> None:
-    rate = NoiseRate(kind, 0.7)  # type: ignore[arg-type]
+    rate = NoiseRate(kind, 0.7)
     case = make(parts, tiny, rate=rate)
     moved(case.policy.model, 0.02)
     for decision in case.decisions:
@@ -139,7 +139,7 @@ def test_worked_ratios(parts, monkeypatch: pytest.MonkeyPatch, k: int, kind: str
     ).view(4, 1, 4, 1, 1, 1)
     monkeypatch.setattr(philox, "reference", lambda keys, count: z.view(1, 4))
     grid = dataclasses.replace(parts, num_steps=20).sampler(PLAN).grid
-    lambda_ = sde.sde_lambda(grid, range(20), NoiseRate(kind, {"flow": 0.7, "dance": 0.3}.get(kind, 1.0)))  # type: ignore[arg-type]
+    lambda_ = sde.sde_lambda(grid, range(20), NoiseRate(kind, {"flow": 0.7, "dance": 0.3}.get(kind, 1.0)))
     one = torch.ones(1, dtype=torch.float64)
     targets = Targets(one[None], torch.ones(1, dtype=torch.bool), torch.ones(20).double(), lambda_, one)
     policy, meter = Leaf(v + e), LossMeter(CPU)
@@ -147,7 +147,7 @@ def test_worked_ratios(parts, monkeypatch: pytest.MonkeyPatch, k: int, kind: str
         k, x, v, torch.zeros(1), (0,), torch.tensor([0]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]),
         policy.path(1),
     )  # fmt: skip
-    (loss,) = losses(policy, [decision], targets, NO_CLIP, meter)  # type: ignore[arg-type]
+    (loss,) = losses(policy, [decision], targets, NO_CLIP, meter)
     assert math.log(meter.means()["ratio"]) == pytest.approx(FIXTURES[k, kind], abs=1e-9)
     assert loss.item() == pytest.approx(-math.exp(FIXTURES[k, kind]) * math.sqrt(4), abs=2e-9)
     if (k, kind) == (4, "wan"):
@@ -165,7 +165,7 @@ def test_collapsed_gradient_is_the_sum_of_separate_ones(
     """With ratios on both sides of both clips under advantages of both signs."""
     case = make(parts, tiny, plan)
     moved(case.policy.model, 0.02)
-    config = LossConfig(ratio=form, clip_low=low, clip_high=high)  # type: ignore[arg-type]
+    config = LossConfig(ratio=form, clip_low=low, clip_high=high)
     meter = LossMeter(CPU)
     collapsed = case.gradients(case.decisions, config, meter)
     singles = [single for decision in case.decisions for single in split(decision)]
@@ -213,7 +213,7 @@ def test_first_update_in_closed_form(parts, tiny) -> None:
         for decision in case.decisions:
             leaf = decision.velocity.clone().requires_grad_()
             path = dataclasses.replace(decision, path=Leaf(leaf).path(len(leaf)))
-            (loss,) = losses(Leaf(leaf), [path], case.targets, LossConfig(), LossMeter(CPU))  # type: ignore[arg-type]
+            (loss,) = losses(Leaf(leaf), [path], case.targets, LossConfig(), LossMeter(CPU))
             loss.backward()
             pushes = case.targets.advantages[0, decision.members].view(-1, 1, 1, 1, 1) * noise(decision)
             sums = torch.stack([pushes[first:end].sum(0) for first, end in pairwise(decision.offsets.tolist())])
@@ -327,13 +327,13 @@ def test_kl_by_formula_and_finite_differences(parts, tiny, form: str) -> None:
     counted = torch.ones(2, 4, dtype=torch.bool)
     counted[0, 2:] = False
     targets = parts.targets(case.sampler, GROUPS[:2], torch.zeros(1, 2, 4), counted)
-    config = LossConfig(kl=KlConfig(weight=0.7, form=form))  # type: ignore[arg-type]
+    config = LossConfig(kl=KlConfig(weight=0.7, form=form))
     for decision, share in zip(case.decisions, (2 / 6, 4 / 6), strict=True):
         leaf = (decision.velocity + 0.3 * torch.randn_like(decision.velocity)).requires_grad_()
         reference = decision.velocity + 0.2 * torch.randn_like(decision.velocity)
         own = dataclasses.replace(decision, path=Leaf(leaf).path(1))
         meter = LossMeter(CPU)
-        (loss,) = losses(Leaf(leaf, reference), [own], targets, config, meter)  # type: ignore[arg-type]
+        (loss,) = losses(Leaf(leaf, reference), [own], targets, config, meter)
         factor = 1.0 if form == "velocity" else targets.lambda_[decision.step].item() ** 2 / 2
         n, distance = leaf.numel(), factor * (leaf - reference).square().mean()
         expected = 0.7 * share * distance * math.sqrt(n)
@@ -345,7 +345,7 @@ def test_kl_by_formula_and_finite_differences(parts, tiny, form: str) -> None:
         assert meter.means()["kl_reference"] == pytest.approx(distance.item(), rel=1e-12)
 
         def as_loss(velocity: Tensor, own: Decision = own, reference: Tensor = reference) -> Tensor:
-            return next(losses(Leaf(velocity, reference), [own], targets, config, LossMeter(CPU)))  # type: ignore[arg-type]
+            return next(losses(Leaf(velocity, reference), [own], targets, config, LossMeter(CPU)))
 
         assert torch.autograd.gradcheck(as_loss, (leaf,), eps=1e-5)
 
@@ -360,7 +360,7 @@ def test_exact_kl_is_that_of_the_steps_gaussians(parts, tiny) -> None:
     expected = ((means[0] - means[1]).square() / (2 * at.std**2)).mean()
     own = dataclasses.replace(decision, path=Leaf(decision.velocity).path(len(decision.x)))
     meter, config = LossMeter(CPU), LossConfig(kl=KlConfig(weight=1.0, form="exact"))
-    list(losses(Leaf(decision.velocity, reference), [own], case.targets, config, meter))  # type: ignore[arg-type]
+    list(losses(Leaf(decision.velocity, reference), [own], case.targets, config, meter))
     assert meter.means()["kl_reference"] == pytest.approx(expected.item(), rel=1e-9)
 
 

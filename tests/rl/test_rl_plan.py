@@ -12,7 +12,7 @@ T = 10
 
 
 def planner(groups: int = 6, *, seed: int = 3, prompts: int = 24, **plan: object) -> Planner:
-    return Planner(PlanConfig(**{"steps": (1, 8), **plan}), seed, prompts, groups, T)  # type: ignore[arg-type]
+    return Planner(PlanConfig(**{"steps": (1, 8), **plan}), seed, prompts, groups, T)
 
 
 def first_steps(found: tuple[Group, ...]) -> list[int]:
@@ -172,7 +172,7 @@ def test_published_savings() -> None:
 )
 def test_impossible_layouts_are_refused(settings: dict[str, object], what: str, hint: str) -> None:
     with pytest.raises(ConfigError, match=what) as error:
-        PlanConfig(**settings)  # type: ignore[arg-type]
+        PlanConfig(**settings)
     assert hint in error.value.hint
 
 

@@ -19,7 +19,7 @@ def states(shape: tuple[int, ...], count: int = 3, dtype: torch.dtype = torch.fl
 
 
 def guided(scale: float, **others: object) -> PathConfig:
-    return PathConfig(scale, sample_precision="fp32", **others)  # type: ignore[arg-type]
+    return PathConfig(scale, sample_precision="fp32", **others)
 
 
 def adapted(model):

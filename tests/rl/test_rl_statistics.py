@@ -20,7 +20,7 @@ def exact(values: object) -> Tensor:
 
 def describe(rewards: Tensor, distinct_noise: int = 1, **config: object) -> dict:
     axes = ("vq", "ta")[: len(rewards)]
-    advantages = Fusion(FusionConfig(**config), axes)(rewards)  # type: ignore[arg-type]
+    advantages = Fusion(FusionConfig(**config), axes)(rewards)
     return describe_rewards(axes, rewards, advantages, GROUPS, distinct_noise)
 
 

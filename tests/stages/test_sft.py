@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from two_processes import in_two_processes
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
@@ -153,31 +152,15 @@ def test_micro_batches_do_not_change_what_is_learnt(inputs, tmp_path):
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-7)
 
 
-def in_two_processes(config: SftConfig, store: Path) -> list[int]:
-    """Exit codes of the stage in two forked gloo ranks."""
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-                sft.run(config)
-                dist.destroy_process_group()
-                code = 0
-            finally:
-                if code:
-                    traceback.print_exc()
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def test_two_ranks_learn_what_one_learns(inputs, tmp_path):
     train = {"steps": 4, "micro_batch_size": 1, "log_every": 1}
     sft.run(config_of(inputs, tmp_path / "one", train=train))
     two = config_of(inputs, tmp_path / "two", train=train, validation=ValidationConfig(2))
-    assert in_two_processes(two, tmp_path / "store") == [0, 0]
+
+    def work(rank: int) -> None:
+        sft.run(two)
+
+    assert in_two_processes(work, tmp_path) == [0, 0]
     moments = newest(tmp_path / "two").groups["adam"]
     for name, tensor in newest(tmp_path / "one").groups["adam"].items():
         torch.testing.assert_close(moments[name], tensor, rtol=0, atol=1e-6)
