@@ -71,6 +71,7 @@ VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
     "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
     "rlhf": ("GRPO from rewards on a set of prompts", "rlhf", _rlhf),
+    "distill": ("a causal few-step student by self-forcing", "distill", _with_recipe),
     "generate": ("prompts to mp4 files", "generate", _generate),
     "bench": ("rates on a GPU, gates without one, records and their comparison", "bench", bench.add_arguments),
     "doctor": ("what this machine has, which kernels run and why", "doctor", lambda parser: None),

@@ -25,11 +25,11 @@ def _integrate(
     grid: Grid,
     advance: Callable[[int, Tensor, Tensor], Tensor],
     on_step: OnStep | None,
+    num_steps: int | None = None,
 ) -> Tensor:
     x = noise.to(torch.promote_types(noise.dtype, torch.float32)).contiguous()  # a chunk's noise is a view
-    for k, timestep in enumerate(grid.timesteps.tolist()):
-        timesteps = torch.full((len(x),), timestep, dtype=torch.float32, device=x.device)
-        x = advance(k, x, velocity(x, timesteps))
+    for k in range(grid.num_steps if num_steps is None else num_steps):
+        x = advance(k, x, velocity(x, timesteps(grid, k, x)))
         if on_step is not None:
             on_step(k + 1)
     return x
@@ -63,11 +63,39 @@ def sample_few_step(
         renoise: standard normal noise ``[B,C,T,H,W]`` after step k, for k in [0, N-1).
     """
 
-    def advance(k: int, x: Tensor, v: Tensor) -> Tensor:
-        at = sde.step_table(grid, sde.RENOISE, x.dtype, x.device)[k : k + 1]
-        return sde.step(x, v, at, renoise(k)) if k + 1 < grid.num_steps else sde.mean(x, v, at)
+    last = grid.num_steps - 1
+    x = few_step_state(velocity, noise, grid, renoise, last, on_step)
+    x0 = predict_x0(x, velocity(x, timesteps(grid, last, x)), grid, last)
+    if on_step is not None:
+        on_step(grid.num_steps)
+    return x0
 
-    return _integrate(velocity, noise, grid, advance, on_step)
+
+@torch.no_grad()
+def few_step_state(
+    velocity: Velocity,
+    noise: Tensor,
+    grid: Grid,
+    renoise: Callable[[int], Tensor],
+    step: int,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """What :func:`sample_few_step` shows the student at step ``step``; a rollout under distillation leaves here."""
+
+    def advance(k: int, x: Tensor, v: Tensor) -> Tensor:
+        return sde.step(x, v, sde.step_table(grid, sde.RENOISE, x.dtype, x.device)[k : k + 1], renoise(k))
+
+    return _integrate(velocity, noise, grid, advance, on_step, step)
+
+
+def predict_x0(x: Tensor, velocity: Tensor, grid: Grid, step: int) -> Tensor:
+    """x0_hat = x - sigma v at the sigma of step ``step``, in the state's dtype; differentiable."""
+    return torch.sub(x, velocity.to(x.dtype), alpha=grid.steps[step][0])
+
+
+def timesteps(grid: Grid, step: int, x: Tensor) -> Tensor:
+    """What the network is told at step ``step``: float32 ``[B]`` beside ``x``."""
+    return torch.full((len(x),), grid.steps[step][1], dtype=torch.float32, device=x.device)
 
 
 def guided(call: ModelCall, text: Tensor, negative: Tensor, guidance_scale: float) -> Velocity:

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -40,6 +41,11 @@ class Grid:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def steps(self) -> list[tuple[float, float]]:
+        """(sigma, timestep) of every step, as numbers: a sampling loop reads no tensor."""
+        return list(zip(self.sigmas.tolist(), self.timesteps.tolist(), strict=False))
 
 
 @dataclass(frozen=True)

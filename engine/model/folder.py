@@ -58,6 +58,9 @@ class GenerationDefaults:
         num_steps: solver steps.
         guidance_scale: of classifier-free guidance; 1 is none.
         negative_prompt: what guidance leads away from.
+        chunk_frames: latent frames a chunk of a causal model; 0 makes all frames at once.
+        first_chunk_frames: 0 is ``chunk_frames``.
+        denoising_steps: a few-step student's timesteps; empty is the ODE.
     """
 
     video: VideoSpec = VideoSpec(81, 480, 832, 16.0)
@@ -65,6 +68,9 @@ class GenerationDefaults:
     num_steps: int = 50
     guidance_scale: float = 5.0
     negative_prompt: str = WAN_NEGATIVE_PROMPT
+    chunk_frames: int = 0
+    first_chunk_frames: int = 0
+    denoising_steps: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

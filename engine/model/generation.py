@@ -13,7 +13,7 @@ from torch import Tensor
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.types import Velocity, VideoCodec, VideoSpec
 from reelforge.engine.flow.sampler import OnStep, guided, sample_few_step, sample_ode
-from reelforge.engine.flow.schedule import Grid
+from reelforge.engine.flow.schedule import TIMESTEPS, Grid
 from reelforge.engine.flow.solver import SolverName
 from reelforge.engine.model.kv_cache import ChunkPass
 from reelforge.engine.model.wan import TextContext, WanTransformer
@@ -108,25 +108,63 @@ def sample_chunks(
     Returns:
         x0 ``[B, C, T, H, W]`` fp32.
     """
-    context = model.text_context(guidance.rows)
-    batch = len(guidance.rows)
-    cache = model.new_cache(batch, max(pattern), sum(pattern), *noise.shape[-2:])
-    tokens = cache.scratch_tokens // max(pattern)
-    clean_timestep = torch.zeros(batch, device=noise.device)
+    decoder = ChunkDecoder(model, guidance, max(pattern), sum(pattern), noise.shape[-2:])
     chunks: list[Tensor] = []
     for frames in pattern:
-        span = slice(cache.next_frame, cache.next_frame + frames)
-        velocity = _velocity(model, guidance, context, cache.denoising(frames, frames * tokens))
+        span, velocity = decoder.span(frames), decoder.velocity(frames)
         if renoise is None:
             x0 = sample_ode(velocity, noise[:, :, span], grid, "euler", on_step)
         else:
-            x0 = sample_few_step(velocity, noise[:, :, span], grid, _frames_of(renoise, span), on_step)
+            x0 = sample_few_step(velocity, noise[:, :, span], grid, frames_of(renoise, span), on_step)
         chunks.append(x0)
         if len(chunks) < len(pattern):
-            clean = cache.clean(frames, frames * tokens)
-            model(x0.repeat(batch // len(x0), 1, 1, 1, 1), clean_timestep, context, chunk=clean)
-            cache.commit(clean)
+            decoder.commit(x0)
     return torch.cat(chunks, dim=2)
+
+
+class ChunkDecoder:
+    """A batch of videos that grow chunk by chunk; decodes samples, and rolls out a student under distillation.
+
+    Args:
+        model: the causal transformer.
+        guidance: prompts; their keys and values are projected here, once.
+        chunk_frames: of the largest chunk.
+        max_frames: latent frames that the cache holds.
+        size: height and width of the latents.
+    """
+
+    def __init__(
+        self, model: WanTransformer, guidance: Guidance, chunk_frames: int, max_frames: int, size: Sequence[int]
+    ) -> None:
+        self.model, self.guidance = model, guidance
+        self.cache = model.new_cache(len(guidance.rows), chunk_frames, max_frames, *size)
+        self.tokens_per_frame = model.tokens_per_frame(*size)
+        with torch.no_grad():
+            self.context = model.text_context(guidance.rows)
+
+    def span(self, frames: int) -> slice:
+        """Latent frames of the next chunk."""
+        return slice(self.cache.next_frame, self.cache.next_frame + frames)
+
+    def velocity(self, frames: int) -> Velocity:
+        """Guided, of the next chunk at any step, without trace in the committed part of the cache."""
+        chunk = self.cache.denoising(frames, frames * self.tokens_per_frame)
+        return _velocity(self.model, self.guidance, self.context, chunk)
+
+    @torch.no_grad()
+    def commit(self, x0: Tensor, sigma: float = 0.0) -> None:
+        """Write a finished chunk's keys and values.
+
+        Args:
+            x0: ``[B, C, frames, H, W]``, noised to ``sigma`` if that is not 0.
+            sigma: what the network is told of it.
+        """
+        frames = x0.shape[2]
+        clean = self.cache.clean(frames, frames * self.tokens_per_frame)
+        rows = len(self.guidance.rows)
+        timestep = torch.full((rows,), TIMESTEPS * sigma, device=x0.device)
+        self.model(x0.repeat(rows // len(x0), 1, 1, 1, 1), timestep, self.context, chunk=clean)
+        self.cache.commit(clean)
 
 
 def _velocity(
@@ -140,5 +178,5 @@ def _velocity(
     return guided(call, guidance.text, guidance.negative, guidance.scale)
 
 
-def _frames_of(renoise: Renoise, span: slice) -> Renoise:
+def frames_of(renoise: Renoise, span: slice) -> Renoise:
     return lambda k: renoise(k)[:, :, span]

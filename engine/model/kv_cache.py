@@ -8,6 +8,7 @@ copied. Bookkeeping is host integers: no device counters, no synchronisation. Un
 changes nothing that later passes read, so an aborted chunk can be repeated.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,12 @@ class KVCache:
         """Make the slot that a clean pass wrote visible to later chunks."""
         assert chunk.write_start == self.scratch_tokens + self.committed_tokens, "only the newest clean pass commits"
         self.slots.append(chunk.slot)
+
+    def upto(self, chunks: int) -> "KVCache":
+        """The cache as it was when so many chunks were committed: the same buffers, fewer slots."""
+        earlier = copy.copy(self)
+        earlier.slots = self.slots[:chunks]
+        return earlier
 
     def reset(self) -> None:
         """Forget every committed chunk."""

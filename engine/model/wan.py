@@ -157,10 +157,14 @@ class WanTransformer(nn.Module):
         embedder = self.condition_embedder.text_embedder
         return embedder(text.to(embedder.linear_1.weight.dtype))
 
+    def tokens_per_frame(self, height: int, width: int) -> int:
+        """Of latents ``height x width``."""
+        _, patch_h, patch_w = self.config.patch_size
+        return (height // patch_h) * (width // patch_w)
+
     def new_cache(self, batch: int, chunk_frames: int, max_frames: int, height: int, width: int) -> KVCache:
         """A KV cache for ``max_frames`` latent frames of ``height x width`` latents in chunks of ``chunk_frames``."""
-        _, patch_h, patch_w = self.config.patch_size
-        tokens = (height // patch_h) * (width // patch_w)
+        tokens = self.tokens_per_frame(height, width)
         weight = self.proj_out.weight
         device = weight.device.type
         # What attention computes in: a cache in another dtype would be cast, whole, at every call.

@@ -16,15 +16,15 @@ class Ema:
 
     Args:
         parameters: fp32 weights by name; the average starts as their copy.
-        decay: in [0, 1).
+        decay: in [0, 1); at 0 there is no average and no copy: the weights themselves are what it would be.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self._live = dict(parameters)
+        self._live = dict(parameters) if decay else {}
         self.shadow = {name: p.detach().clone() for name, p in self._live.items()}
         self.decay = decay
         assert all(t.dtype == torch.float32 for t in self.shadow.values()), "the average is kept in fp32"
-        device = next(iter(self.shadow.values())).device
+        device = next(iter(parameters.values())).device
         self.updates = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import (
@@ -27,7 +28,9 @@ from reelforge.engine.core.metrics import JsonlLog
 from reelforge.engine.core.progress import say, track
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.io import checkpoint
-from reelforge.engine.train.state import TrainState, learning_rate
+from reelforge.engine.train.state import OptimizerConfig
+
+_STREAK = ("skipped", "longest_skip", "bad_loss", "bad_grad_norm")  # of what a meter tells; the rest are means
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,41 @@ class Hooks:
     stride: int = 1
 
 
+class Meter(Protocol):
+    """What happened since the last metrics line."""
+
+    def read(self) -> dict[str, float]: ...
+
+    def reset(self) -> None: ...
+
+
+class Trained(Protocol):
+    """What the loop drives: a :class:`TrainState`, or several that train in turn."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def config(self) -> OptimizerConfig: ...
+
+    @property
+    def meter(self) -> Meter: ...
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]: ...
+
+    def rates(self) -> dict[str, float]: ...
+
+    def optimizer_step(self, losses: Iterable[Tensor]) -> None: ...
+
+    def groups(self) -> dict[str, dict[str, Tensor]]: ...
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None: ...
+
+
 class _Window:
     """Steps since the last metrics line or checkpoint: what ``step_s`` is the mean of."""
 
@@ -90,7 +128,7 @@ class _Window:
 
 
 class TrainLoop:
-    """Runs a :class:`TrainState` to its last step inside a run directory.
+    """Runs what is trained to its last step inside a run directory.
 
     Args:
         state: what is trained.
@@ -100,7 +138,7 @@ class TrainLoop:
         label: the progress line's name.
     """
 
-    def __init__(self, state: TrainState, config: LoopConfig, run: RunDir, config_hash: str, label: str) -> None:
+    def __init__(self, state: Trained, config: LoopConfig, run: RunDir, config_hash: str, label: str) -> None:
         self.state, self.config, self.run = state, config, run
         self.config_hash, self.label = config_hash, label
         self._chief = distributed.rank() == 0
@@ -179,12 +217,11 @@ class TrainLoop:
         if skipped:
             self._event(event="steps_skipped", step=step, count=skipped)
         if log:
-            means = {name: facts[name] for name in ("loss", "grad_norm") if name in facts}
-            lr = learning_rate(self.state.config, step - 1, self.config.steps)
+            means = {name: value for name, value in facts.items() if name not in _STREAK}
             step_s = (time.monotonic() - window.start) / (step - window.first_step)
             every = self.config.log_every
             described = hooks.describe(range((step - 1) // every * every, step))
-            log.write(step=step, **means, skipped=skipped, lr=lr, step_s=step_s, **described)
+            log.write(step=step, **means, skipped=skipped, **self.state.rates(), step_s=step_s, **described)
 
     def _save(self, must_succeed: bool) -> None:
         distributed.check_replicas(self.state.parameters)

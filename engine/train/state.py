@@ -30,7 +30,7 @@ class OptimizerConfig:
         warmup_steps: linear from lr / warmup_steps.
         decay: what follows: ``constant``, or ``cosine`` or ``linear`` down to 0 at the last step.
         grad_clip: largest global gradient norm.
-        ema_decay: of the averaged weights.
+        ema_decay: of the averaged weights; 0 keeps none.
         max_bad_steps: so many steps in a row without a finite loss and gradient end the run.
     """
 
@@ -164,6 +164,10 @@ class TrainState:
         self.ema.update(moves)
         self.meter.add(total, norm, good)
         self.step += 1
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of the latest step."""
+        return {"lr": learning_rate(self.config, max(0, self.step - 1), self.steps)}
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Everything to store, by group and weight name; Adam's moments as ``exp_avg/<name>`` and so on."""

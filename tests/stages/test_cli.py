@@ -1,5 +1,6 @@
 """The command as a user types it: cache, sft and generate on real files, and one sentence for whatever is wrong."""
 
+import functools
 import json
 import shutil
 import signal
@@ -139,7 +140,10 @@ def test_bad_input_is_answered_in_two_sentences(
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *arguments], **pipes, text=True, preexec_fn=heard)
 
 
 def wait_for(path: Path, pattern: str, process: subprocess.Popen) -> None:
