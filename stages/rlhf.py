@@ -47,7 +47,7 @@ def run(config: RlhfConfig) -> RlhfResult:
     """
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
-        check_same(config, config.output / "config.resolved.toml")
+        check_same(config, config.output / "config.resolved.toml", decisive)
         weights = config.output / ("adapter" if config.lora else "transformer")
         if weights.exists():
             say(f"{config.output} is finished: {weights} is there.")

@@ -1,9 +1,10 @@
 """The RLHF stage's recipe."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError
@@ -18,7 +19,10 @@ from reelforge.engine.rl.monitor import HeldOutConfig
 from reelforge.engine.rl.plan import PlanConfig
 from reelforge.engine.rl.policy import PathConfig
 from reelforge.engine.train.loop import LoopConfig
+from reelforge.engine.train.pace import PaceConfig
 from reelforge.engine.train.state import OptimizerConfig
+
+Recipe = TypeVar("Recipe")  # a stage's
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class RlhfConfig:
             ``micro_batch_size`` states a training forward.
         updates_per_rollout: optimizer steps on one rollout.
         optimizer: AdamW.
+        pace: whether its rate follows how much of the gradient is signal.
         lora: train an adapter of this shape; none trains the weights.
         trainable: patterns of the weights that train without an adapter, e.g. ``["blocks.*.weight"]``; empty is all.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -85,6 +90,7 @@ class RlhfConfig:
     train: LoopConfig = LoopConfig()
     updates_per_rollout: int = 1
     optimizer: OptimizerConfig = OptimizerConfig()
+    pace: PaceConfig = PaceConfig()
     lora: LoraConfig | None = None
     trainable: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
@@ -98,6 +104,11 @@ class RlhfConfig:
             raise ConfigError(f"Scorer {both[0]!r} is optimised and held out.", "Take it out of one of the lists.")
         if self.lora and self.trainable:
             raise ConfigError("trainable is set beside [lora].", "An adapter trains alone: choose one of them.")
+        if self.pace.full_cosine and self.updates_per_rollout > 1:
+            raise ConfigError(
+                f"pace.full_cosine is set and updates_per_rollout is {self.updates_per_rollout}.",
+                "Gradients of one rollout share its noise and tell nothing of the signal: leave one of them out.",
+            )
         iterations, left = divmod(self.train.steps, self.updates_per_rollout)
         if left:
             fits = [n * self.updates_per_rollout for n in (iterations, iterations + 1) if n]
@@ -121,19 +132,20 @@ def decisive(config: RlhfConfig) -> RlhfConfig:
     )  # fmt: skip
 
 
-def check_same(config: RlhfConfig, resolved: Path) -> None:
+def check_same(config: Recipe, resolved: Path, decisive: Callable[[Recipe], Recipe]) -> None:
     """Refuse to continue a run under settings that would make it another one.
 
     Args:
         config: of now.
         resolved: the recipe that the run directory keeps; none is there before the first start.
+        decisive: keeps what decides the run's results.
 
     Raises:
         ConfigError: names the first setting that differs.
     """
     if not resolved.exists():
         return
-    tables = [_flat(configuration.to_table(decisive(c))) for c in (configuration.load(RlhfConfig, resolved), config)]
+    tables = [_flat(configuration.to_table(decisive(c))) for c in (configuration.load(type(config), resolved), config)]
     before, now = tables
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):

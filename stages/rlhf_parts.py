@@ -81,10 +81,10 @@ def build(config: RlhfConfig, device: torch.device) -> Parts:
     fusion = Fusion(config.fusion, scoring.axes)
     task = GrpoTask(
         policy, sampler, planner, scoring, fusion, prompts, config.loss, config.updates_per_rollout,
-        rollout.batch_groups, lambda records: _note_bad_samples(config.output, records),
+        rollout.batch_groups, config.pace, lambda records: _note_bad_samples(config.output, records),
     )  # fmt: skip
-    carried = {"fusion_running": fusion.running}
-    state = TrainState(parameters, config.optimizer, config.train.steps, carried, task.cosine)
+    carried = {"fusion_running": fusion.running, **task.pace.carried}
+    state = TrainState(parameters, config.optimizer, config.train.steps, carried, task.pace)
     started = origin(prompts, grid, model.parameters(), codec.fingerprint)
     return Parts(task, state, _monitor(config, task, scorers), started)
 

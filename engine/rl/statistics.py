@@ -98,30 +98,3 @@ def _mean(values: Tensor) -> float | None:
 
 def _std(values: Tensor) -> float | None:
     return values.std(correction=0).item() if values.numel() else None
-
-
-class GradientCosine:
-    """Cosine between the gradients of successive optimizer steps: roughly the share of them that is signal.
-
-    Args:
-        elements: how many entries are compared at most, spread evenly over all: memory, not accuracy, is the limit.
-    """
-
-    def __init__(self, elements: int = 1 << 22) -> None:
-        self.elements = elements
-        self._last: Tensor | None = None
-        self._cosines: list[Tensor] = []
-
-    def __call__(self, gradients: Sequence[Tensor]) -> None:
-        """Compare with the call before."""
-        stride = max(1, sum(gradient.numel() for gradient in gradients) // self.elements)
-        now = torch.cat([gradient.detach().flatten()[::stride].float() for gradient in gradients])
-        if self._last is not None:
-            self._cosines.append(torch.nn.functional.cosine_similarity(now, self._last, dim=0, eps=0.0))
-        self._last = now
-
-    def read(self) -> float | None:
-        """Mean since the last reading; None when there was no pair of non-zero gradients."""
-        cosines = [value for value in torch.stack(self._cosines).tolist() if value == value] if self._cosines else []
-        self._cosines.clear()
-        return sum(cosines) / len(cosines) if cosines else None

@@ -19,7 +19,8 @@ from reelforge.engine.rl.plan import Group, Planner
 from reelforge.engine.rl.policy import Policy
 from reelforge.engine.rl.prompts import PromptSet
 from reelforge.engine.rl.rollout import Decision, Sampler
-from reelforge.engine.rl.statistics import GradientCosine, describe_rewards
+from reelforge.engine.rl.statistics import describe_rewards
+from reelforge.engine.train.pace import Pace, PaceConfig
 
 
 @dataclass
@@ -44,6 +45,7 @@ class GrpoTask:
         config: the objective.
         updates: optimizer steps per rollout; after the first one the ratio is against the stored velocities.
         rollout_groups: groups that are rolled out, decoded and scored together.
+        pace: of the learning rate, none is the default; build the optimizer's state with ``task.pace``.
         on_missing: told of this rank's samples that lack a score, as records for a log.
 
     Raises:
@@ -61,6 +63,7 @@ class GrpoTask:
         config: LossConfig,
         updates: int,
         rollout_groups: int,
+        pace: PaceConfig | None = None,
         on_missing: Callable[[list[dict[str, Any]]], None] = lambda records: None,
     ) -> None:
         self.policy, self.sampler, self.planner = policy, sampler, planner
@@ -71,7 +74,7 @@ class GrpoTask:
         self.lambda_ = at.lambda_
         self._check_settings()
         self.wanted = prompts.wanted(scoring.axes)
-        self.cosine = GradientCosine()
+        self.pace = Pace(pace or PaceConfig(), (weight for weight in policy.model.parameters() if weight.requires_grad))
         self._current: _Iteration | None = None
         self._facts: list[dict[str, Any]] = []
 
@@ -115,7 +118,7 @@ class GrpoTask:
             numbers = [value for value in values if isinstance(value, int | float)]
             merged[name] = sum(numbers) / len(numbers) if len(numbers) == len(values) else values[-1]
         self._facts.clear()
-        return {**merged, "gradient_cosine": self.cosine.read()}
+        return {**merged, "gradient_cosine": self.pace.read()}
 
     def _roll_out(self, iteration: int) -> _Iteration:
         groups = self.planner.iteration(iteration)

@@ -107,7 +107,8 @@ class TrainState:
         config: of the optimizer.
         steps: length of the run, for the learning-rate schedule.
         carried: further tensors that belong to the run's state; checkpoints hold them, :meth:`restore` fills them.
-        observe: told the gradients of each step, summed over ranks and unclipped.
+        pace: told the gradients of each step, summed over ranks and unclipped; answers by what its learning rate is
+            multiplied.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class TrainState:
         config: OptimizerConfig,
         steps: int,
         carried: Mapping[str, Tensor] | None = None,
-        observe: Callable[[Sequence[Tensor]], None] | None = None,
+        pace: Callable[[Sequence[Tensor]], float] = lambda gradients: 1.0,
     ) -> None:
         self.parameters = dict(parameters)
         self.config = config
@@ -134,7 +135,7 @@ class TrainState:
         self.ema = Ema(self.parameters, config.ema_decay)
         self.meter = Meter(self.device)
         self.carried = dict(carried or {})
-        self.observe = observe
+        self.pace, self._factor = pace, 1.0
 
     def optimizer_step(self, losses: Iterable[Tensor]) -> None:
         """One step on the sum of ``losses`` over this rank's micro-batches and all ranks.
@@ -154,11 +155,10 @@ class TrainState:
         norm = get_total_norm(gradients)
         good = total.isfinite() & norm.isfinite()
         moves = good & (norm > 0)
-        if self.observe is not None:
-            self.observe(gradients)
+        self._factor = self.pace(gradients)
         clip_grads_with_norm_(self.parameters.values(), self.config.grad_clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.steps)
+            group["lr"] = self._factor * learning_rate(self.config, self.step, self.steps)
         self.optimizer.found_inf = (~moves).float()
         self.optimizer.step()
         self.ema.update(moves)
@@ -167,7 +167,7 @@ class TrainState:
 
     def rates(self) -> dict[str, float]:
         """The learning rate of the latest step."""
-        return {"lr": learning_rate(self.config, max(0, self.step - 1), self.steps)}
+        return {"lr": self._factor * learning_rate(self.config, max(0, self.step - 1), self.steps)}
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Everything to store, by group and weight name; Adam's moments as ``exp_avg/<name>`` and so on."""

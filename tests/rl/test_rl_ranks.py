@@ -59,10 +59,11 @@ class Run:
         )  # fmt: skip
         self.gradients: list[Tensor] = []
         optimizer = OptimizerConfig(lr=3e-3, warmup_steps=0)
-        self.state = TrainState(dict(model.named_parameters()), optimizer, STEPS, observe=self._observe)
+        self.state = TrainState(dict(model.named_parameters()), optimizer, STEPS, pace=self._observe)
 
-    def _observe(self, gradients: Sequence[Tensor]) -> None:
+    def _observe(self, gradients: Sequence[Tensor]) -> float:
         self.gradients.append(torch.cat([gradient.flatten() for gradient in gradients]).clone())
+        return 1.0
 
     @property
     def weights(self) -> Tensor:
@@ -145,7 +146,7 @@ def test_a_rank_that_drifts_is_caught(parts, tiny, tmp_path, fault: str) -> None
     def work(rank: int) -> int:
         own = Run(parts, tiny())
         if fault == "a gradient":
-            own.state.observe = lambda gradients: gradients[3].mul_(1 + rank)
+            own.state.pace = lambda gradients: gradients[3].mul_(1 + rank).isfinite().all().item()
         own.state.optimizer_step(own.task.losses(0))
         if fault == "a weight" and rank:
             own.state.parameters["blocks.1.ffn.net.2.weight"].data[3, 4] += 1e-4

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reelforge.engine.rl.advantage import Advantages, Fusion, FusionConfig
 from reelforge.engine.rl.plan import Group
-from reelforge.engine.rl.statistics import GradientCosine, describe_rewards, noise_share
+from reelforge.engine.rl.statistics import describe_rewards, noise_share
 
 NAN = math.nan
 GROUPS = (Group(0, (2,), (2,)), Group(1, (5,), (5,)), Group(2, (2,), (2,)))
@@ -99,44 +99,6 @@ def test_rho_by_hand_and_without_an_answer() -> None:
     assert noise_share(values, 2) == pytest.approx(2 / (2 + 18 - 1))  # within 2; means 2 and 8: 18 less 2 / 2
     assert noise_share(values, 1) is None and noise_share(values, 4) is None
     assert noise_share(values[1:], 2) is None and noise_share(torch.ones(3, 4), 2) is None
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
-
-
-def test_cosine_of_successive_gradients() -> None:
-    cosine, generator = GradientCosine(), torch.Generator().manual_seed(0)
-    steps = [[torch.randn(shape, generator=generator) for shape in ((3, 5), (7,), (1, 1))] for _ in range(4)]
-    for step in steps[:3]:
-        cosine(step)
-    flat = [torch.cat([gradient.flatten() for gradient in step]).double() for step in steps]
-    expected = [(a @ b / (a.norm() * b.norm())).item() for a, b in zip(flat, flat[1:], strict=False)]
-    assert cosine.read() == pytest.approx(sum(expected[:2]) / 2, abs=1e-6)
-    assert cosine.read() is None, "nothing since"
-    cosine(steps[3])
-    assert cosine.read() == pytest.approx(expected[2], abs=1e-6), "the last one is remembered over a reading"
-    cosine([-3 * gradient for gradient in steps[3]])
-    assert cosine.read() == pytest.approx(-1)
-
-
-def test_cosine_leaves_out_gradients_of_zero_and_keeps_a_copy() -> None:
-    cosine, gradient = GradientCosine(), torch.ones(4)
-    cosine([gradient])
-    gradient.zero_()
-    cosine([gradient])
-    assert cosine.read() is None
-    cosine([gradient + 1])
-    cosine([gradient + 2])
-    assert cosine.read() == pytest.approx(1)
-
-
-def test_cosine_of_a_part_of_many_entries() -> None:
-    generator = torch.Generator().manual_seed(0)
-    common, cosine = torch.randn(300, 400, generator=generator), GradientCosine(elements=10_000)
-    for _ in range(2):
-        cosine([common + torch.randn(300, 400, generator=generator)])
-        assert cosine._last is not None and len(cosine._last) == 10_000
-    assert cosine.read() == pytest.approx(0.5, abs=0.03)
 
 
 def test_facts_are_plain_numbers() -> None:

@@ -71,8 +71,8 @@ def make_task(
         Fusion(fusion or FusionConfig(), scoring.axes), prompts, loss or LossConfig(), updates, rollout_groups,
     )  # fmt: skip
     optimizer = OptimizerConfig(lr=lr, warmup_steps=0, weight_decay=0.1, ema_decay=0.5)
-    carried = {"fusion_running": task.fusion.running}
-    return task, TrainState(dict(model.named_parameters()), optimizer, 100, carried, task.cosine)
+    carried = {"fusion_running": task.fusion.running, **task.pace.carried}
+    return task, TrainState(dict(model.named_parameters()), optimizer, 100, carried, task.pace)
 
 
 def steps(task: GrpoTask, state: TrainState, count: int) -> list[dict]:
