@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from reelforge.bench import promote, record_files, rl_run, runner, supervise
+from reelforge.bench import distill_run, promote, record_files, rl_run, runner, supervise
 from reelforge.bench.arms import FAILURES
 from reelforge.bench.session import WHOLE
 from reelforge.bench.supervise import Folder, Outcome
@@ -165,6 +165,12 @@ def _rl(run: Run, deadline: float) -> list[Outcome]:
     return run.work(jobs, deadline, step_limit_s=supervise.COMPILING_STEP_S)
 
 
+def _distill(run: Run, deadline: float) -> list[Outcome]:
+    """Self-forcing cycles at real shapes, the larger teacher where the memory is there."""
+    jobs = [run.job("distill", teacher) for teacher in distill_run.TEACHERS]
+    return run.work(jobs, deadline, step_limit_s=supervise.COMPILING_STEP_S)
+
+
 def _report(run: Run, deadline: float) -> list[Outcome]:
     """Tables, a roofline and what sections had to say beside them, from the records there are."""
     entries = record_files.read(run.folder.records)
@@ -190,6 +196,7 @@ SECTIONS: dict[str, Section] = {
     "peers": Section(480.0, partial(_simple, "peers", step_limit_s=supervise.COMPILING_STEP_S)),
     "block": Section(480.0, partial(_simple, "block", step_limit_s=supervise.COMPILING_STEP_S)),
     "rl": Section(480.0, _rl),
+    "distill": Section(420.0, _distill),
     "report": Section(60.0, _report),
 }
 

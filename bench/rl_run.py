@@ -74,13 +74,14 @@ def main(arguments: argparse.Namespace) -> int:
         out = arguments.out or Path(scratch) / "records.jsonl"
         with Folder(out.parent, out) as folder:
             for event in rl_records.events(session, Bench(world, setting, CHAIN), time.monotonic() + _LIMIT_S):
-                _take(event, folder)
+                take(event, folder)
             if arguments.sweep:
                 folder.page(rl_records.page("G, k and T one at a time", sweep(world, setting)))
     return 0
 
 
-def _take(event: dict[str, Any], folder: Folder) -> None:
+def take(event: dict[str, Any], folder: Folder) -> None:
+    """Put what a measurement told where it belongs."""
     match next(iter(event.items())):
         case "record", table:
             record = parse(table)

@@ -26,7 +26,7 @@ from reelforge.bench.record_files import read
 from reelforge.bench.records import Record
 from reelforge.bench.session import WHOLE, Session
 
-Kind = Literal["peaks", "accuracy", "rates", "peers", "sanitize", "block", "rl"]
+Kind = Literal["peaks", "accuracy", "rates", "peers", "sanitize", "block", "rl", "distill"]
 _COMPILE_UNTIL = 0.6  # of the budget: later cases go without the arms that compile, so that more of them are reached
 # What matters most comes first: a section may be cut off.
 _FIRST = [("1.3B", 32760), ("1.3B", 4680), ("14B", 32760), ("14B", 4680), ("1.3B", 1560), ("14B", 1560)]
@@ -38,7 +38,8 @@ class Job:
 
     Attributes:
         kind: of the work.
-        family: module of ``bench.cases``, for the kinds that take cases from there; of ``rl`` the frames.
+        family: module of ``bench.cases``, for the kinds that take cases from there; of ``rl`` the frames, of
+            ``distill`` the teacher.
         ops: only cases of these ops; empty is all.
         match: only cases whose name contains it.
         skip: pairs of case and arm to leave out, the arm being :data:`session.WHOLE` for a whole case.
@@ -80,7 +81,7 @@ def run(job: Job, device: torch.device) -> Iterator[Event]:
     if job.quick:
         quick.shrink()
     kinds = {"peaks": _peaks, "accuracy": _accuracy, "rates": _rates, "peers": _peers, "sanitize": _sanitize}
-    yield from (kinds | {"block": _block, "rl": _rl})[job.kind](job, device)
+    yield from (kinds | {"block": _block, "rl": _rl, "distill": _distill})[job.kind](job, device)
 
 
 def _peaks(job: Job, device: torch.device) -> Iterator[Event]:
@@ -153,6 +154,15 @@ def _rl(job: Job, device: torch.device) -> Iterator[Event]:
     session, frames = _session(job, device), int(job.family)
     if _left(job, session, [rl_run.measured(frames, small=job.quick)], "rate"):
         yield from rl_run.events(session, frames, job.budget_s, small=job.quick)
+
+
+def _distill(job: Job, device: torch.device) -> Iterator[Event]:
+    """Self-forcing cycles with the teacher that the family names."""
+    from reelforge.bench import distill_run
+
+    session = _session(job, device)
+    if _left(job, session, [distill_run.measured(job.family, small=job.quick)], "rate"):
+        yield from distill_run.events(session, job.family, job.budget_s, small=job.quick)
 
 
 def _rated(session: Session, case: Case, arms: list[Arm]) -> Iterator[Event]:

@@ -210,9 +210,10 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-    q_weight, k_weight = ctx.saved_tensors[2:4]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes them for one reading
+    _, _, q_weight, k_weight, *_ = saved
     gradients = dq_out.contiguous(), dk_out.contiguous()
-    dq, dk, (dq_weight, dk_weight) = _backward_op(*ctx.saved_tensors, *gradients, ctx.num_heads, ctx.eps)
+    dq, dk, (dq_weight, dk_weight) = _backward_op(*saved, *gradients, ctx.num_heads, ctx.eps)
     return dq, dk, dq_weight.to(q_weight.dtype), dk_weight.to(k_weight.dtype), None, None, None, None, None
 
 

@@ -2,13 +2,13 @@
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from reelforge.stages.console import emit
 
 _Run = Callable[[argparse.Namespace], int]
-_RL_RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "rlhf_miniature.toml"
+_RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 _Verb = Callable[[str, str, _Run], argparse.ArgumentParser]  # name, summary and what it runs
 
 _EXIT_CODES = """\
@@ -47,6 +47,7 @@ def _add_measuring(verb: _Verb) -> None:
     for parser in (kernels, block):
         parser.add_argument("--out", type=Path, help="append the records to this JSONL file")
     _add_rl(verb)
+    _add_distill(verb)
     _add_studies(verb)
     h200 = verb("h200", "everything a fresh GPU machine should be asked, in sections of minutes", _lazily("h200"))
     h200.add_argument("--out", type=Path, default=Path("h200"), metavar="DIR", help="folder (default: %(default)s)")
@@ -81,16 +82,43 @@ def _add_rl(verb: _Verb) -> None:
         parser.add_argument("--steps", type=int, default=steps, metavar="T", help="a sample (default: %(default)s)")
 
 
+def _add_distill(verb: _Verb) -> None:
+    distill = verb("distill", "self-forcing cycles; replayed backward against the joint graph", _lazily("distill_run"))
+    which = distill.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, metavar="FOLDER", help="a model folder, for student, critic and teacher")
+    which.add_argument("--teacher", choices=("1.3B", "14B"), help="random weights, student of 1.3B, on a GPU")
+    for name, default, summary in (
+        ("chunk-frames", 1, "latent frames a chunk with --model"),
+        ("batch", 8, "clips with --model"),
+        ("rounds", 5, "cycles"),
+    ):
+        distill.add_argument(f"--{name}", type=int, default=default, help=f"{summary} (default: %(default)s)")
+    distill.add_argument("--out", type=Path, metavar="FILE.jsonl", help="append the records, and tables beside them")
+
+
 def _add_studies(verb: _Verb) -> None:
     study = verb("rl-study", "RLHF of the demo's model under several seeds, with controls and acceptance", _rl_study)
     ablation = verb("rl-ablation", "sharing, noise, rectification and published methods at equal cost", _rl_ablation)
     ablation.add_argument("--nfe", type=int, default=20_000, help="network evaluations an arm (default: %(default)s)")
     ablation.add_argument("--seconds", type=float, help="train every arm for so many seconds as well")
-    for parser, out, samples in ((study, "runs/rl_study", None), (ablation, "runs/rl_ablation", 2)):
+    distilled = verb(
+        "distill-study", "is the demo's student level with its teacher, and what is it owed to", _distill_study
+    )
+    for parser, out, samples, recipe in (
+        (study, "rl_study", None, "rlhf"),
+        (ablation, "rl_ablation", 2, "rlhf"),
+        (distilled, "distill_study", None, "distill"),
+    ):
         parser.add_argument("--demo", type=Path, default=Path("demo"), help="a finished demo (default: %(default)s)")
-        parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="folder (default: %(default)s)")
         parser.add_argument(
-            "--recipe", type=Path, default=_RL_RECIPE, metavar="FILE.toml", help="of every arm (default: %(default)s)"
+            "--out", type=Path, default=Path("runs") / out, metavar="DIR", help="folder (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--recipe",
+            type=Path,
+            default=_RECIPES / f"{recipe}_miniature.toml",
+            metavar="FILE.toml",
+            help="of every arm (default: %(default)s)",
         )
         parser.add_argument(
             "--samples", type=int, default=samples, help=f"clips a prompt (default: {samples or 'the demo'})"
@@ -138,15 +166,29 @@ def _rl_cost(arguments: argparse.Namespace) -> int:
 
 
 def _rl_study(arguments: argparse.Namespace) -> int:
-    from reelforge.stages import rl_study
+    from reelforge.bench import rl_study
 
-    return rl_study.proof(arguments)
+    return rl_study.proof(arguments, _drive)
 
 
 def _rl_ablation(arguments: argparse.Namespace) -> int:
-    from reelforge.stages import rl_study
+    from reelforge.bench import rl_study
 
-    return rl_study.ablation(arguments)
+    return rl_study.ablation(arguments, _drive)
+
+
+def _distill_study(arguments: argparse.Namespace) -> int:
+    from reelforge.bench import distill_study
+
+    return distill_study.run(arguments, _drive)
+
+
+def _drive(verb: str, recipe: Path, overrides: Sequence[str], overlays: Sequence[Path]) -> None:
+    """Run a stage, for a study."""
+    from reelforge.engine.core import config
+
+    stage = importlib.import_module(f"reelforge.stages.{verb}")
+    stage.run(config.load(getattr(stage, f"{verb.capitalize()}Config"), recipe, overrides, overlays))
 
 
 def _compare(arguments: argparse.Namespace) -> int:

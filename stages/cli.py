@@ -53,6 +53,19 @@ def _rlhf(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="say what the run would do and cost, and stop")
 
 
+def _distill(parser: argparse.ArgumentParser) -> None:
+    _with_recipe(parser)
+    parser.add_argument("--plan", action="store_true", help="print memory and FLOPs from the models' configs, and stop")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, metavar="RECIPE", help="print what a distill recipe takes, and stop")
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="of the GPU (default: this machine's, or an H200's)"
+    )
+    _with_overrides(parser)
+
+
 def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a model folder in diffusers' layout")
     parser.add_argument("--transformer", type=Path, help="transformer/ of another run in place of the folder's")
@@ -71,10 +84,10 @@ VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
     "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
     "rlhf": ("GRPO from rewards on a set of prompts", "rlhf", _rlhf),
-    "distill": ("a causal few-step student by self-forcing", "distill", _with_recipe),
+    "distill": ("a causal few-step student by self-forcing", "distill", _distill),
     "generate": ("prompts to mp4 files", "generate", _generate),
     "bench": ("rates on a GPU, gates without one, records and their comparison", "bench", bench.add_arguments),
-    "doctor": ("what this machine has, which kernels run and why", "doctor", lambda parser: None),
+    "doctor": ("what this machine has, which kernels run and why", "doctor", _doctor),
 }
 
 

@@ -1,4 +1,4 @@
-"""``reelforge demo``: a miniature Wan learns from mp4 files, from better ones, from rewards, and is judged after each.
+"""``reelforge demo``: a miniature Wan learns from mp4 files, better ones and rewards, is distilled, and is judged.
 
 Nothing here is special to the miniature but its recipe: clips are decoded, filtered and cached, models trained and
 sampled by the stages that do it for Wan2.1. Every phase leaves its result in the folder, so an interrupted demo goes
@@ -26,6 +26,7 @@ from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
 from reelforge.engine.data.toy_world import captions, scenes
 from reelforge.engine.flow.schedule import FlowSchedule
+from reelforge.engine.judge.evaluation import EvaluationConfig
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
 from reelforge.engine.model.folder import GenerationDefaults, ModelFolder, derive_model_folder
@@ -33,13 +34,15 @@ from reelforge.engine.model.text import SeededTextConfig, SeededTextEncoder
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.wan_config import WanConfig
 from reelforge.engine.model.weights import load_transformer
+from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.engine.train.flow_loss import FlowLossConfig
 from reelforge.engine.train.loop import LoopConfig
 from reelforge.engine.train.state import OptimizerConfig
-from reelforge.stages import cache, rlhf, sft
+from reelforge.stages import cache, distill, rlhf, sft
 from reelforge.stages.console import emit
-from reelforge.stages.demo_report import Entrant, EvaluationConfig, StageCost, judge_and_report
-from reelforge.stages.rlhf_config import RlhfConfig
+from reelforge.stages.demo_report import Entrant, StageCost, judge_and_report
+from reelforge.stages.distill import DistillResult
+from reelforge.stages.distill_config import DistillConfig
 from reelforge.stages.sft import SftConfig, ValidationConfig
 
 _GUIDED = 2.0  # the guidance at which the fine-tuned model is at its best: RLHF at 1 is judged against that too
@@ -88,6 +91,7 @@ class DemoConfig:
 
     Attributes:
         rlhf: recipes/rlhf_miniature.toml, with what the demo's recipe sets laid over it.
+        distill: recipes/distill_miniature.toml, likewise.
     """
 
     seed: int
@@ -98,6 +102,7 @@ class DemoConfig:
     base: TrainingBudget
     sft: TrainingBudget
     rlhf: RlhfConfig
+    distill: DistillConfig
     evaluation: EvaluationConfig
     codec: CodecConfig = CodecConfig()
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -131,19 +136,23 @@ class Demo:
         tuned = self._train("sft", self.config.sft, base, "curated")
         self._announce("rlhf: GRPO from three rewards")
         aligned = self._align(tuned)
+        self._announce("distill: a causal few-step student by self-forcing")
+        distilled = self._distill(aligned)
         self._announce("sampling held-out prompts, scoring, reporting")
-        guided = (f"guidance_scale={_GUIDED}",)
+        guided, teacher = _guidance(_GUIDED), f"rlhf, guidance {self._teaching:g}"
         entrants = {
             "base": Entrant(base, (), self._cost("base")),
             "sft": Entrant(tuned, ("base",), self._cost("sft")),
-            f"sft, guidance {_GUIDED:g}": Entrant(tuned, ("sft",), None, guided),
+            f"sft, guidance {_GUIDED:g}": Entrant(tuned, ("sft",), settings=guided),
             "rlhf": Entrant(aligned, ("sft", f"sft, guidance {_GUIDED:g}"), self._cost("rlhf")),
+            teacher: Entrant(aligned, ("rlhf",), settings=_guidance(self._teaching)),
+            "student": Entrant(distilled.model, (teacher, "rlhf"), self._student_cost(distilled), teacher=teacher),
         }
         return judge_and_report(self.config.evaluation, entrants, self.root, self.config, self.config.seed)
 
     def _announce(self, what: str) -> None:
         self._phase += 1
-        say(f"[{self._phase}/7] {what} ({time.monotonic() - self._start:.0f} s so far)")
+        say(f"[{self._phase}/8] {what} ({time.monotonic() - self._start:.0f} s so far)")
 
     def _render(self) -> None:
         world, seed = self.config.world, self.config.seed
@@ -220,9 +229,31 @@ class Demo:
             derive_model_folder(model, folder, load_transformer(result.weights))
         return folder
 
+    @property
+    def _teaching(self) -> float:
+        """The guidance under which the aligned model teaches."""
+        phase = self.config.distill.self_forcing
+        return phase.dmd.teacher_guidance if phase else 1.0
+
+    def _distill(self, teacher: Path) -> DistillResult:
+        """Run the distillation driver on the prompts of RLHF."""
+        config = dataclasses.replace(
+            self.config.distill, teacher=teacher, prompts=self.root / "rl_prompts.txt", output=self.root / "student"
+        )
+        return distill.run(config)
+
+    def _student_cost(self, result: DistillResult) -> StageCost:
+        steps = sum(metrics["step"] for metrics in result.metrics.values())
+        last = list(result.metrics)[-1]
+        return StageCost(steps, sum(result.seconds.values()), self.root / "student" / last / "metrics.jsonl")
+
     def _cost(self, name: str) -> StageCost:
         metrics = RunDir(self.root / name).metrics
         return StageCost(*training_time(metrics), metrics)
+
+
+def _guidance(scale: float) -> tuple[str, ...]:
+    return (f"guidance_scale={scale}",)
 
 
 def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
@@ -230,6 +261,8 @@ def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
     table = configuration.read_table(RECIPES / ("demo_quick.toml" if quick else "demo.toml"))
     aligning = configuration.read_table(RECIPES / "rlhf_miniature.toml") | {"held_out": "none"}
     table["rlhf"] = configuration.merge(aligning, table.get("rlhf", {}))
+    distilling = configuration.read_table(RECIPES / "distill_miniature.toml")
+    table["distill"] = configuration.merge(distilling, table.get("distill", {}))
     for assignment in overrides:
         configuration.override(table, assignment)
     return configuration.build(DemoConfig, table)

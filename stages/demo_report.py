@@ -15,6 +15,20 @@ from reelforge.engine.core.progress import say
 from reelforge.engine.core.types import VideoCodec, VideoSpec
 from reelforge.engine.judge import results
 from reelforge.engine.judge.charts import Curve, read_series
+from reelforge.engine.judge.evaluation import (
+    REWARDS,
+    TRUTH_SAMPLES,
+    VOTERS,
+    Evaluation,
+    EvaluationConfig,
+    Judge,
+    Measured,
+    chunk_seconds,
+    evaluate,
+    held_out_prompts,
+    recovery,
+    truth_clips,
+)
 from reelforge.engine.judge.gsb import Gsb, Panel, compare, fix_panel
 from reelforge.engine.judge.report import write_report
 from reelforge.engine.judge.results import Calibration, Results, StageResult
@@ -22,19 +36,8 @@ from reelforge.engine.judge.sheets import Row, Sheet
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 from reelforge.engine.rewards import calibration
-from reelforge.stages.evaluation import (
-    REWARDS,
-    VOTERS,
-    Evaluation,
-    Judge,
-    Measured,
-    evaluate,
-    held_out_prompts,
-    truth_clips,
-)
 
 _SHEET_ROWS, _FAILURES = 10, 6
-TRUTH_SAMPLES = 12  # clean clips a prompt that sets of clips are compared with
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
     "saw; a stage with a guidance is the one before it, sampled with that guidance at twice the cost. Intervals are "
@@ -42,23 +45,6 @@ _NOTE = (
     "stage trains on and that share nothing with the rewards. The truth is clean renderings of the same scenes, "
     "through the codec."
 )
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """How much is sampled.
-
-    Attributes:
-        prompts: held-out scenes, one caption each.
-        samples: clips per prompt.
-        batch_size: clips a forward.
-        calibration_clips: clips per row of known quality.
-    """
-
-    prompts: int
-    samples: int
-    batch_size: int
-    calibration_clips: int = 128
 
 
 @dataclass(frozen=True)
@@ -79,12 +65,14 @@ class Entrant:
         references: entrants that it is compared with, clip by clip.
         cost: of the training that made it; None for a model that is only sampled in another way.
         settings: how it is sampled, over the folder's defaults.
+        teacher: the entrant that it was distilled from, if it was.
     """
 
     model: Path
     references: tuple[str, ...]
-    cost: StageCost | None
+    cost: StageCost | None = None
     settings: tuple[str, ...] = ()
+    teacher: str | None = None
 
 
 def judge_and_report(
@@ -124,8 +112,16 @@ def judge_and_report(
     again = sampled(next(iter(folders)), 1).measured
     say("scoring clips of known quality")
     panel = fix_panel(next(iter(evaluations.values())).measured.scores, again.scores, (*REWARDS, *VOTERS))
+    floor = judge.floor(truth)
+    notes = {
+        name: _student_note(
+            folders[name], evaluations[name], evaluations[entrant.teacher], floor, entrant.teacher, seed
+        )
+        for name, entrant in entrants.items()
+        if entrant.teacher
+    }
     outcome = Results(
-        stages=_stages(entrants, evaluations, judge, panel, seed),
+        stages=_stages(entrants, evaluations, judge, panel, seed, notes),
         seed=seed,
         prompts=len(prompts),
         clips=len(truth.prompts),
@@ -152,7 +148,12 @@ def _against(measured: Measured, below: Measured, panel: Panel, reference: str, 
 
 
 def _stages(
-    entrants: Mapping[str, Entrant], evaluations: Mapping[str, Evaluation], judge: Judge, panel: Panel, seed: int
+    entrants: Mapping[str, Entrant],
+    evaluations: Mapping[str, Evaluation],
+    judge: Judge,
+    panel: Panel,
+    seed: int,
+    notes: Mapping[str, str],
 ) -> tuple[StageResult, ...]:
     """One result a column, each judged against its references."""
     first, rows = next(iter(evaluations.values())).measured, []
@@ -162,6 +163,8 @@ def _stages(
             StageResult(
                 name,
                 nfe=evaluation.nfe,
+                token_forwards=evaluation.token_forwards,
+                note=notes.get(name, ""),
                 seconds_per_video=evaluation.seconds_per_video,
                 seconds_train=entrant.cost.seconds if entrant.cost else None,
                 steps=entrant.cost.steps if entrant.cost else None,
@@ -172,6 +175,20 @@ def _stages(
             )
         )
     return tuple(rows)
+
+
+def _student_note(
+    folder: ModelFolder, student: Evaluation, teacher: Evaluation, floor: Measured, name: str, seed: int
+) -> str:
+    """What a distilled model keeps of its teacher, and what a viewer waits for."""
+    kept = recovery(student.measured, teacher.measured, floor, "ta", seed)
+    chunks = [f"{1000 * seconds:.0f}" for seconds in chunk_seconds(folder, floor.prompts[0])]
+    return (
+        f"on ta it is {kept.mean:.2f} [{kept.low:.2f}, {kept.high:.2f}] of the way from clean clips of other prompts, "
+        f"at 0, to {name}, at 1, with 1/{teacher.token_forwards / student.token_forwards:.1f} of its token-forwards. "
+        f"One video alone: the first chunk after {chunks[0]} ms, the next ones in {', '.join(chunks[1:])} ms each, "
+        "decoding not counted."
+    )
 
 
 def _known_rows(

@@ -16,7 +16,7 @@ from reelforge.engine.core import distributed
 from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
-from reelforge.engine.core.run_dir import RunDir
+from reelforge.engine.core.run_dir import RunDir, check_same
 from reelforge.engine.flow.sampler import initial_noise, step_keys
 from reelforge.engine.io.video import write_video
 from reelforge.engine.model.folder import (
@@ -29,12 +29,14 @@ from reelforge.engine.model.folder import (
 from reelforge.engine.model.generator import decode_uint8
 from reelforge.engine.model.lora import merge
 from reelforge.engine.model.weights import load_transformer, save_transformer
-from reelforge.engine.rl.origin import check_continued
+from reelforge.engine.rl.origin import check_continued, check_ranks
 from reelforge.engine.rl.prompts import encode_prompts, read_prompts
 from reelforge.engine.train.loop import Hooks, TrainLoop
+from reelforge.stages import doctor
 from reelforge.stages.console import emit
 from reelforge.stages.distill_config import DistillConfig, decisive
 from reelforge.stages.distill_parts import Parts, Setup, build, set_up
+from reelforge.stages.rlhf_watch import best_effort
 from reelforge.stages.sft import last_metrics
 
 
@@ -62,6 +64,7 @@ def run(config: DistillConfig) -> DistillResult:
     """
     device = distributed.pick_device(config.device)
     with distributed.process_group(device):
+        check_same(config, config.output / "config.resolved.toml", decisive)
         model = config.output / "model"
         if model.exists():
             say(f"{config.output} is finished: {model} is there.")
@@ -73,7 +76,9 @@ def run(config: DistillConfig) -> DistillResult:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """The verb: prints where the student is, and each phase's seconds and last measurements."""
+    """The verb: prints where the student is, and each phase's seconds and last measurements; or the plan."""
+    if arguments.plan:
+        return doctor.print_plan(arguments.recipe, arguments.overrides)
     result = run(configuration.load(DistillConfig, arguments.recipe, arguments.overrides))
     emit(json.dumps({"model": str(result.model), "seconds": result.seconds, **result.metrics}))
     return 0
@@ -86,6 +91,7 @@ def identity(config: DistillConfig) -> str:
 
 def _distill(config: DistillConfig, device: torch.device, model: Path) -> None:
     setup = set_up(config, device)
+    check_ranks(setup.origin | {"recipe": identity(config)}, device)
     _open(config, setup)
     prompts = read_prompts(config.prompts).prompts
     defaults = load_generation_defaults(config.teacher)
@@ -94,7 +100,7 @@ def _distill(config: DistillConfig, device: torch.device, model: Path) -> None:
     before = config.student or config.teacher
     for name in config.phases:
         if not (config.output / name / "transformer").exists():
-            _train(config, name, build(config, name, setup, before, text), setup, text)
+            _train(config, name, before, setup, text)
         before = config.output / name
     if distributed.rank() == 0:
         student = load_transformer(before / "transformer")
@@ -114,8 +120,8 @@ def _open(config: DistillConfig, setup: Setup) -> None:
     distributed.barrier()
 
 
-def _train(config: DistillConfig, name: str, parts: Parts, setup: Setup, text: Tensor) -> None:
-    root, phase = config.output / name, config.phases[name]
+def _train(config: DistillConfig, name: str, before: Path, setup: Setup, text: Tensor) -> None:
+    root, phase, parts = config.output / name, config.phases[name], build(config, name, setup, before, text)
     if distributed.rank() == 0:
         RunDir.open(root, phase, identity(config))
     distributed.barrier()
@@ -126,6 +132,9 @@ def _train(config: DistillConfig, name: str, parts: Parts, setup: Setup, text: T
     loop.fit(Hooks(parts.losses, look, parts.describe, stride=parts.stride))
     if distributed.rank() == 0:
         with parts.student.ema.applied():
+            if phase.lora:  # what an adapter is merged into must not be rounded to the run's precision
+                whole = load_transformer(before / "transformer", device=setup.device).state_dict()
+                parts.model.load_state_dict(whole, strict=False, assign=True)
             merge(parts.model)
             save_transformer(parts.model, root / "transformer")
     distributed.barrier()
@@ -134,19 +143,20 @@ def _train(config: DistillConfig, name: str, parts: Parts, setup: Setup, text: T
 def _previews(
     config: DistillConfig, parts: Parts, setup: Setup, text: Tensor, run_dir: RunDir
 ) -> Callable[[int], dict[str, Any]]:
-    """A hook that writes videos of the first prompts with the averaged weights; ranks share the prompts."""
+    """A hook that writes videos of the first prompts with the averaged weights, those that ``generate`` would make of
+    the phase's seed; ranks share the prompts."""
     codec, fps = load_codec(config.teacher, setup.device), setup.defaults.video.fps
 
     def look(step: int) -> dict[str, Any]:
         folder = run_dir.samples / f"step-{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
         with parts.student.ema.applied():
             for number in range(distributed.rank(), min(config.previews, len(text) - 1), distributed.world_size()):
-                seed, shape = parts.seed, setup.shape
-                noise = initial_noise(seed, [number], [0], shape, device=setup.device)
-                keys = step_keys(seed, [number], [0], setup.grid.num_steps, device=setup.device)
+                seed, named, shape = parts.seed, [setup.prompts.ids[number]], setup.shape
+                noise = initial_noise(seed, named, [0], shape, device=setup.device)
+                keys = step_keys(seed, named, [0], setup.grid.num_steps, device=setup.device)
                 latents = parts.sample(text[number][None].to(setup.device), noise, keys)
-                write_video(folder / f"{number:02d}.mp4", decode_uint8(codec, latents)[0], fps)
+                with best_effort():
+                    write_video(folder / f"{number:02d}.mp4", decode_uint8(codec, latents)[0], fps)
         return {}
 
     return look
@@ -155,7 +165,10 @@ def _previews(
 def _sampled_by(config: DistillConfig, setup: Setup) -> GenerationDefaults:
     """How the student is sampled by default."""
     pattern = setup.pattern if config.causal else (setup.shape[1],)
-    return dataclasses.replace(
-        setup.defaults, schedule=setup.schedule, guidance_scale=1.0, denoising_steps=config.denoising_steps,
-        chunk_frames=pattern[-1], first_chunk_frames=pattern[0] if pattern[0] != pattern[-1] else 0,
-    )  # fmt: skip
+    first = pattern[0] if pattern[0] != pattern[-1] else 0
+    sampled = dataclasses.replace(
+        setup.defaults, schedule=setup.schedule, chunk_frames=pattern[-1], first_chunk_frames=first
+    )
+    if config.self_forcing or not config.causal_init or config.causal_init.few_step:
+        return dataclasses.replace(sampled, guidance_scale=1.0, denoising_steps=config.denoising_steps)
+    return sampled

@@ -1,10 +1,12 @@
 """The distillation stage's recipe."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from reelforge.engine.core.config import require_positive
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.distill.causal_init import CausalInitConfig
@@ -54,6 +56,12 @@ class DmdPhase:
                 f"train.steps is {self.train.steps} and rollout.segments {self.rollout.segments}.",
                 "A video is not cut: make the steps a multiple of the segments.",
             )
+        if math.gcd(self.dmd.critic_steps + 1, self.rollout.segments) > 1:
+            raise ConfigError(
+                f"rollout.segments is {self.rollout.segments} and a cycle {self.dmd.critic_steps + 1} steps: the "
+                "student would train on some of the segments and never on the others.",
+                "Choose dmd.critic_steps so that the two have no common divisor.",
+            )
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,11 @@ class InitPhase:
     train: LoopConfig = LoopConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
+
+    @property
+    def few_step(self) -> bool:
+        """Whether what it makes samples in few steps; an autoregressive diffusion model needs the teacher's many."""
+        return self.init.method != "teacher_forcing"
 
     def __post_init__(self) -> None:
         if self.init.method == "ode" and self.cache is not None:
@@ -128,6 +141,14 @@ class DistillConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        require_positive(self, "chunk_frames")
+        if self.first_chunk_frames < 0:
+            raise ConfigError(f"first_chunk_frames is {self.first_chunk_frames}.", "0 is chunk_frames.")
+        if self.few_step and dataclasses.replace(self.few_step.rollout, exit_policy="random") != RolloutConfig():
+            raise ConfigError(
+                "few_step.rollout sets context_noise, frames or segments.",
+                "A bidirectional student makes its clip in one piece: leave them out.",
+            )
         if not self.phases:
             raise ConfigError("The recipe has no phase.", f"Add a table: {', '.join(PHASES)}.")
         if self.critic is not None and any(getattr(phase, "critic_lora", None) for phase in self.phases.values()):
@@ -154,7 +175,9 @@ def decisive(config: DistillConfig) -> DistillConfig:
         )
         for name, phase in config.phases.items()
     }
+    if config.causal_init and config.causal_init.teacher:
+        phases["causal_init"] = dataclasses.replace(phases["causal_init"], teacher=Path())
     return dataclasses.replace(
         config, teacher=Path(), prompts=Path(), output=Path(), previews=0, gradient_checkpointing=False, device="auto",
-        **phases,
+        student=config.student and Path(), critic=config.critic and Path(), **phases,
     )  # fmt: skip

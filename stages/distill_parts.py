@@ -1,7 +1,7 @@
 """From a recipe to the parts of a distillation run: what is wrong with a recipe is found before anything is written."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelforge.engine.core import rng
+from reelforge.engine.core import distributed, rng
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.data.latents import LatentCache
 from reelforge.engine.distill.init_trainer import CachedClips, InitTask, Source, TeacherClips
 from reelforge.engine.distill.pairs import Pairs, make_pairs, trajectory, trajectory_grids
-from reelforge.engine.distill.trainer import DmdTask, Student
+from reelforge.engine.distill.trainer import DmdTask, Student, check_rollout
 from reelforge.engine.distill.turns import Turns
 from reelforge.engine.flow.sampler import guided, initial_noise
 from reelforge.engine.flow.schedule import FlowSchedule, Grid
 from reelforge.engine.model.folder import GenerationDefaults, load_codec, load_generation_defaults
 from reelforge.engine.model.generation import Guidance, half_precision, latent_shape, sample_chunks
 from reelforge.engine.model.layout import chunk_pattern
-from reelforge.engine.model.lora import lora_parameters
+from reelforge.engine.model.lora import inject, lora_parameters
 from reelforge.engine.model.wan import WanTransformer
+from reelforge.engine.model.wan_config import WanConfig
 from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.rl.origin import origin
 from reelforge.engine.rl.prompts import PromptSet, read_prompts
@@ -43,6 +44,7 @@ class Setup:
         grid: its few steps.
         pattern: its chunks.
         prompts: to train on.
+        taught: hashes of what the trajectories start from.
         origin: hashes of what the run starts from.
     """
 
@@ -53,6 +55,7 @@ class Setup:
     grid: Grid
     pattern: tuple[int, ...]
     prompts: PromptSet
+    taught: dict[str, str]
     origin: dict[str, str]
 
 
@@ -87,29 +90,57 @@ def set_up(config: DistillConfig, device: torch.device) -> Setup:
         ConfigError, DataError, CheckpointError: as named.
     """
     defaults = load_generation_defaults(config.teacher)
+    if defaults.chunk_frames:
+        raise ConfigError(
+            f"The teacher {config.teacher} is itself sampled chunk by chunk (chunk_frames {defaults.chunk_frames}).",
+            "Give the bidirectional model it comes from; a model to go on with is `student`.",
+        )
     defaults = dataclasses.replace(defaults, video=config.video or defaults.video)
     codec, prompts = load_codec(config.teacher), read_prompts(config.prompts)
     shape = latent_shape(codec, defaults.video)
     pattern = chunk_pattern(shape[1], config.chunk_frames, config.first_chunk_frames or None)
     schedule = config.schedule or defaults.schedule
     grid = schedule.few_step(config.denoising_steps)
-    for folder in (config.student, config.critic):
-        if folder is not None:
-            _check_fit(config.teacher, folder)
+    for phase in config.phases.values():
+        distributed.own_slots(phase.train.batch_size)
+    if config.self_forcing:
+        rolled = _rollout_pattern(config, config.self_forcing, pattern)
+        check_rollout(rolled, shape[1], config.self_forcing.rollout, config.self_forcing.train)
+    if config.causal_init and config.causal_init.cache:
+        _cached(config, config.causal_init, config.causal_init.cache, shape)
+    taught, *others = [origin(prompts, grid, model.parameters(), codec.fingerprint) for model in _models(config)]
+    weights = "-".join(each["weights"] for each in (taught, *others))
+    return Setup(device, defaults, shape, schedule, grid, pattern, prompts, taught, taught | {"weights": weights})
+
+
+def _models(config: DistillConfig) -> Iterator[WanTransformer]:
+    """The teacher, and every other model that the recipe names; refuses what does not fit it."""
     teacher = load_transformer(config.teacher / "transformer")
-    started = origin(prompts, grid, teacher.parameters(), codec.fingerprint)
-    return Setup(device, defaults, shape, schedule, grid, pattern, prompts, started)
+    for phase in config.phases.values():
+        for lora in filter(None, (phase.lora, getattr(phase, "critic_lora", None))):
+            inject(WanTransformer.from_config(teacher.config.to_dict(), device="meta"), lora, seed=0)
+    yield teacher
+    for folder in (config.student, config.critic, config.causal_init and config.causal_init.teacher):
+        if folder:
+            model = load_transformer(folder / "transformer")
+            _check_fit(config.teacher, teacher.config, folder, model.config)
+            yield model
 
 
-def _check_fit(teacher: Path, other: Path) -> None:
+def _check_fit(teacher: Path, wanted: WanConfig, other: Path, found: WanConfig) -> None:
     """Refuse a model of other latents or text than the teacher's; width and depth are free."""
-    wanted, found = (load_transformer(folder / "transformer", device="meta").config for folder in (teacher, other))
     for name in ("in_channels", "out_channels", "patch_size", "text_dim"):
         if getattr(found, name) != getattr(wanted, name):
             raise ConfigError(
                 f"{other} has {name} = {getattr(found, name)}, the teacher {teacher} has {getattr(wanted, name)}.",
                 "Student, critic and teacher must share latents and text encoder.",
             )
+
+
+def _rollout_pattern(config: DistillConfig, phase: DmdPhase, pattern: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks of a rollout, of which the clip's ``pattern`` may be the end."""
+    first, frames = config.first_chunk_frames or None, phase.rollout.frames
+    return chunk_pattern(frames, config.chunk_frames, first) if frames else pattern
 
 
 def build(config: DistillConfig, name: str, setup: Setup, before: Path, text: Tensor) -> Parts:
@@ -131,10 +162,7 @@ def _dmd(
     config: DistillConfig, phase: DmdPhase, setup: Setup, model: WanTransformer, pattern: tuple[int, ...], text: Tensor
 ) -> Parts:
     critic, teacher = _critic_and_teacher(config, phase, setup.device)
-    if phase.rollout.frames:
-        first = config.first_chunk_frames or None
-        pattern = chunk_pattern(phase.rollout.frames, config.chunk_frames, first) if len(pattern) > 1 else pattern
-    student = Student(model, setup.grid, pattern, setup.shape)
+    student = Student(model, setup.grid, _rollout_pattern(config, phase, pattern), setup.shape)
     task = DmdTask(
         student, critic, teacher, text, setup.prompts.ids, phase.dmd, phase.rollout, setup.schedule, phase.train
     )
@@ -144,8 +172,7 @@ def _dmd(
         TrainState(_trained(critic), phase.critic_optimizer, others),
         phase.dmd.critic_steps,
     )
-    sampled = pattern if len(pattern) == 1 else setup.pattern
-    sample = _sampler(model, setup, sampled, phase.train)
+    sample = _sampler(model, setup, pattern, phase.train)
     return Parts(
         model, state, state.student, task.losses, task.describe, phase.rollout.segments, sample, phase.train.seed
     )
@@ -179,16 +206,20 @@ def _causal_init(
     task = InitTask(
         model, state.ema.applied, teacher, source, phase.init, setup.schedule, setup.grid, setup.pattern, phase.train
     )
-    sample = _sampler(model, setup, setup.pattern, phase.train)
+    sample = _sampler(model, setup, setup.pattern, phase.train, None if phase.few_step else text[-1])
     return Parts(model, state, state, task.losses, task.describe, 1, sample, phase.train.seed)
 
 
 def _source(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) -> Source:
     if phase.cache is not None:
-        cache = LatentCache.open(phase.cache)
-        cache.check(load_codec(config.teacher))
-        return CachedClips(cache, setup.shape, phase.train.seed)
+        return _cached(config, phase, phase.cache, setup.shape)
     return TeacherClips(_pairs(config, phase, setup, text), text)
+
+
+def _cached(config: DistillConfig, phase: InitPhase, folder: Path, shape: Sequence[int]) -> CachedClips:
+    cache = LatentCache.open(folder)
+    cache.check(load_codec(config.teacher))
+    return CachedClips(cache, shape, phase.train.seed)
 
 
 def _pairs(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) -> Pairs:
@@ -196,8 +227,9 @@ def _pairs(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) 
     wanted, seed, device = phase.pairs, phase.train.seed, setup.device
     scale = setup.defaults.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale
     header = {
-        **setup.origin, "shape": list(setup.shape), "guidance_scale": scale, "seed": seed,
+        **setup.taught, "shape": list(setup.shape), "guidance_scale": scale, "seed": seed,
         "negative_prompt": setup.defaults.negative_prompt, "solver": wanted.solver, "substeps": wanted.substeps,
+        "precision": phase.train.precision,
     }  # fmt: skip
     grids = trajectory_grids(setup.schedule, config.denoising_steps, wanted.substeps)
     teacher = load_transformer(config.teacher / "transformer", None, device)
@@ -218,10 +250,15 @@ def _pairs(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) 
 
 
 def _sampler(
-    model: WanTransformer, setup: Setup, pattern: tuple[int, ...], train: LoopConfig
+    model: WanTransformer, setup: Setup, pattern: tuple[int, ...], train: LoopConfig, negative: Tensor | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """As ``generate`` samples the finished folder: in few steps, or, with a negative prompt, as the teacher's ODE."""
+    many, scale = setup.schedule.grid(setup.defaults.num_steps), setup.defaults.guidance_scale
+
     def sample(text: Tensor, noise: Tensor, keys: Tensor) -> Tensor:
         with half_precision(setup.device, train.precision == "bf16"):
+            if negative is not None:
+                return sample_chunks(model, Guidance(text, negative[None].to(text), scale), noise, many, pattern)
             renoise = lambda k: rng.normal(keys[k], setup.shape)  # noqa: E731
             return sample_chunks(model, Guidance(text, text[:0], 1.0), noise, setup.grid, pattern, renoise)
 

@@ -13,15 +13,15 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.progress import say
-from reelforge.engine.core.run_dir import RunDir
+from reelforge.engine.core.run_dir import RunDir, check_same
 from reelforge.engine.model.lora import save_adapter
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.weights import save_transformer
 from reelforge.engine.rl.forecast import Forecast, memory, probe, work
 from reelforge.engine.rl.origin import check_continued, check_ranks
+from reelforge.engine.rl.recipe import RlhfConfig, decisive
 from reelforge.engine.train.loop import Hooks, TrainLoop
 from reelforge.stages.console import emit
-from reelforge.stages.rlhf_config import RlhfConfig, check_same, decisive
 from reelforge.stages.rlhf_parts import Parts, build, encode, sampling_defaults
 from reelforge.stages.rlhf_watch import Watch
 from reelforge.stages.sft import last_metrics

@@ -30,11 +30,11 @@ from reelforge.engine.rl.origin import origin
 from reelforge.engine.rl.plan import Planner
 from reelforge.engine.rl.policy import Policy
 from reelforge.engine.rl.prompts import encode_prompts, read_prompts
+from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.engine.rl.rollout import Sampler
 from reelforge.engine.rl.trainer import GrpoTask
 from reelforge.engine.train.start import load_for_training
 from reelforge.engine.train.state import TrainState
-from reelforge.stages.rlhf_config import RlhfConfig
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Watch:
         distributed.barrier()
         say(f"held out at step {step}, in standard deviations of the start: {summary(compared)}")
         if distributed.rank() == 0:
-            with _best_effort():
+            with best_effort():
                 self._show(step)
         return {"held_out": compared, "held_out_s": time.monotonic() - start}
 
@@ -102,7 +102,7 @@ class Watch:
 
     def _keep(self, step: int) -> Keep:
         def keep(prompt: int, frames: np.ndarray) -> None:
-            with _best_effort():
+            with best_effort():
                 write_video(self._folder(step) / f"{prompt:02d}.mp4", frames, self.fps)
 
         return keep
@@ -126,7 +126,7 @@ class Watch:
 
 
 @contextmanager
-def _best_effort() -> Iterator[None]:
+def best_effort() -> Iterator[None]:
     """A picture that cannot be written must not cost the checkpoint that comes after it."""
     try:
         yield

@@ -8,7 +8,7 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.io import checkpoint
 from reelforge.engine.model.weights import load_transformer
-from reelforge.stages.rlhf_config import RlhfConfig
+from reelforge.engine.rl.recipe import RlhfConfig
 
 PROMPTS = [
     "a red circle moving left",

@@ -21,7 +21,6 @@ from reelforge.engine.flow.schedule import Grid
 from reelforge.engine.model.generation import ChunkDecoder, Renoise, frames_of
 from reelforge.engine.model.kv_cache import KVCache
 from reelforge.engine.model.wan import WanTransformer
-from reelforge.engine.train.flow_loss import interpolate
 
 ExitPolicy = Literal["random", "cycle", "per_chunk", "last"]
 
@@ -107,9 +106,9 @@ def roll_out(
         parts.append(x0)
         start += frames
         if goes_on or start < sum(pattern):
-            sigma = torch.full((len(x0),), context_noise, dtype=torch.float64)
-            fresh = renoise(grid.num_steps - 1)[:, :, span] if context_noise else x0
-            decoder.commit(interpolate(x0, fresh, sigma.to(x0.device)) if context_noise else x0, context_noise)
+            if context_noise:
+                x0 = torch.lerp(x0, renoise(grid.num_steps - 1)[:, :, span].to(x0), context_noise)
+            decoder.commit(x0, context_noise)
     return Rollout(torch.cat(parts, dim=2), tuple(states), decoder.cache)
 
 

@@ -89,7 +89,7 @@ class DmdTask:
         train: batch, micro-batch, precision, seed.
 
     Raises:
-        ConfigError: the judged clip does not begin with a chunk, or segments are cut into micro-batches.
+        ConfigError: see :func:`check_rollout`.
     """
 
     def __init__(
@@ -111,23 +111,7 @@ class DmdTask:
         self._skipped = sum(student.pattern) - student.shape[1]  # frames of a long rollout that nobody judges
         self._decoder: ChunkDecoder | None = None
         self._facts: dict[str, list[Tensor]] = {}
-        self._check()
-
-    def _check(self) -> None:
-        pattern = self.student.pattern
-        starts = {sum(pattern[:chunk]) for chunk in range(len(pattern))}
-        if self._skipped not in starts:
-            raise ConfigError(
-                f"The newest {self.student.shape[1]} of {sum(pattern)} latent frames do not begin with a chunk.",
-                "Make rollout.frames longer or shorter by part of a chunk.",
-            )
-        own = len(distributed.own_slots(self.train.batch_size))
-        if self.rollout.segments > 1 and self.train.micro_batch_size < own:
-            raise ConfigError(
-                f"rollout.segments is {self.rollout.segments} and a rank's {own} videos are cut into micro-batches of "
-                f"{self.train.micro_batch_size}.",
-                f"Videos that go on keep their cache: set train.micro_batch_size = {own}, or train.batch_size lower.",
-            )
+        check_rollout(student.pattern, student.shape[1], rollout, train)
 
     def losses(self, step: int) -> Iterator[Tensor]:
         """This rank's share of an optimizer step, piece by piece."""
@@ -137,8 +121,12 @@ class DmdTask:
             slots = range(start, min(start + rows, own.stop))
             prompts = self._prompts(step, slots)
             text = self.text[[*prompts, -1]].to(self.device)
-            rolled = self._roll_out(step, slots, [self.ids[prompt] for prompt in prompts], text[:-1])
-            yield from (self._student_losses if mine else self._critic_losses)(step, slots, rolled, text)
+            ids = [self.ids[prompt] for prompt in prompts]
+            # Nothing here keeps a rollout: a cache is gone before the next one is made, a critic's turn needs none.
+            if mine:
+                yield from self._student_losses(step, slots, self._roll_out(step, slots, ids, text[:-1]), text)
+            else:
+                yield from self._critic_losses(step, slots, self._roll_out(step, slots, ids, text[:-1]).x0, text)
 
     def describe(self, steps: range) -> dict[str, Any]:
         """Means of the facts since the last call.
@@ -147,10 +135,14 @@ class DmdTask:
             TrainingError: rollout and replay disagree.
         """
         del steps
-        means = {name: torch.stack(values).mean().item() for name, values in self._facts.items()}
-        gap = max(torch.stack(self._facts["replay_gap"]).tolist()) if "replay_gap" in self._facts else 0.0
+        # A sample that is not finite is told by `dropped`, and its step by `skipped`.
+        facts = {
+            name: [v for v in torch.stack(values).tolist() if math.isfinite(v)] for name, values in self._facts.items()
+        }
+        means = {name: sum(values) / len(values) for name, values in facts.items() if values}
+        gap = max(facts.get("replay_gap", []), default=0.0)
         self._facts.clear()
-        if not gap <= REPLAY_TOLERANCE[self.train.precision]:
+        if gap > REPLAY_TOLERANCE[self.train.precision]:
             raise TrainingError(
                 f"Rollout and replay differ by {gap:.3g} of the samples' size, more than "
                 f"{REPLAY_TOLERANCE[self.train.precision]:g}.",
@@ -174,14 +166,21 @@ class DmdTask:
         # Iteration 0 is sampling outside training.
         noise = initial_noise(seed, ids, slots, shape, step + 1, self.device)
         keys = step_keys(seed, ids, slots, student.grid.num_steps, step + 1, self.device)
-        exits = exit_steps(how.exit_policy, seed, step, len(student.pattern), student.grid.num_steps)
-        segment = step % how.segments
+        number, segment = step, step % how.segments
+        if how.exit_policy == "cycle":
+            # By its own count: of the run's steps, a cycle of six would never meet two of four exits.
+            mine = Turns.is_students(step, self.config.critic_steps)
+            number = Turns.share(step, self.config.critic_steps)[0 if mine else 1]
+        exits = exit_steps(how.exit_policy, seed, number, len(student.pattern), student.grid.num_steps)
         with self._half(student.model):
             if segment == 0 or self._decoder is None:
                 guidance = Guidance(text, text[:0], 1.0)
                 self._decoder = ChunkDecoder(
                     student.model, guidance, max(student.pattern), how.segments * frames, shape[-2:]
                 )
+            else:  # the weights may have moved since the video began
+                with torch.no_grad():
+                    self._decoder.context = student.model.text_context(text)
             rolled = roll_out(
                 self._decoder, noise, student.grid, lambda k: rng.normal(keys[k], shape), student.pattern, exits,
                 how.context_noise, goes_on=segment + 1 < how.segments,
@@ -190,8 +189,8 @@ class DmdTask:
             self._decoder = None
         return rolled
 
-    def _critic_losses(self, step: int, slots: range, rolled: Rollout, text: Tensor) -> Iterator[Tensor]:
-        x, (sigma, noise) = rolled.x0[:, :, self._skipped :], self._noised(step, slots)
+    def _critic_losses(self, step: int, slots: range, x0: Tensor, text: Tensor) -> Iterator[Tensor]:
+        x, (sigma, noise) = x0[:, :, self._skipped :], self._noised(step, slots)
         with self._half(self.critic):
             losses = flow_losses(self.critic, x, noise, sigma, text[:-1])
         yield losses.sum() / self.train.batch_size
@@ -239,8 +238,34 @@ class DmdTask:
         return half_precision(self.device, self.train.precision == "bf16" and wide)
 
     def _note(self, **facts: Tensor) -> None:
-        for name, value in facts.items():
-            self._facts.setdefault(name, []).append(value.detach())
+        if distributed.rank() == 0:  # no other is asked to describe
+            for name, value in facts.items():
+                self._facts.setdefault(name, []).append(value.detach())
+
+
+def check_rollout(pattern: Sequence[int], clip_frames: int, rollout: RolloutConfig, train: LoopConfig) -> None:
+    """Refuse a rollout whose newest clip cannot be judged, and segments that are cut into micro-batches.
+
+    Args:
+        pattern: latent frames of each chunk of a rollout.
+        clip_frames: latent frames of the clip that teacher and critic judge.
+
+    Raises:
+        ConfigError: as said.
+    """
+    skipped = sum(pattern) - clip_frames
+    if skipped not in {sum(pattern[:chunk]) for chunk in range(len(pattern))}:
+        raise ConfigError(
+            f"The newest {clip_frames} of {sum(pattern)} latent frames do not begin with a chunk ({list(pattern)}).",
+            "Leave rollout.frames out; or let it be longer than the clip, without first_chunk_frames.",
+        )
+    own = len(distributed.own_slots(train.batch_size))
+    if rollout.segments > 1 and train.micro_batch_size < own:
+        raise ConfigError(
+            f"rollout.segments is {rollout.segments} and a rank's {own} videos are cut into micro-batches of "
+            f"{train.micro_batch_size}.",
+            f"Videos that go on keep their cache: set train.micro_batch_size = {own}, or train.batch_size lower.",
+        )
 
 
 def steps_in_cycles(steps: int, critic_steps: int) -> tuple[int, int]:

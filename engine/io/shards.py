@@ -158,14 +158,16 @@ class ShardWriter:
 
 
 def _damaged(shard: Path) -> DataError:
-    return DataError(f"{shard} is damaged or missing.", "Run the cache stage again: it rebuilds this shard alone.")
+    hint = "Run the stage that wrote it again: it makes this shard anew, and no other."
+    return DataError(f"{shard} is damaged or missing.", hint)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is missing or damaged.", "Run the cache stage again.") from error
+        hint = "Run the stage that writes this folder; if it stops here too, delete the folder first."
+        raise DataError(f"{path} is missing or damaged.", hint) from error
 
 
 def _check_header(folder: Path, header: Mapping[str, Any]) -> None:

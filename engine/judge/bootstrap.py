@@ -57,6 +57,16 @@ def paired_interval(first: Floats, second: Floats, prompts: Labels, seed: int) -
     return mean_interval(first - second, prompts, seed)
 
 
+def ratio_interval(above: Floats, below: Floats, prompts: Labels, seed: int) -> Interval:
+    """mean(above) / mean(below) over clips that have both, with a 95 % interval over prompts."""
+    valid = np.isfinite(above) & np.isfinite(below)
+    _, cluster = np.unique(prompts[valid], return_inverse=True)
+    sums = [np.bincount(cluster, weights=values[valid]) for values in (above, below)]
+    drawn = _multiplicities(len(sums[0]), RESAMPLES, seed).astype(np.float64)
+    low, high = np.quantile((drawn @ sums[0]) / (drawn @ sums[1]), _TAILS)
+    return Interval(float(sums[0].sum() / sums[1].sum()), float(low), float(high))
+
+
 def resampled_clips(prompts: Labels, seed: int, resamples: int = SET_RESAMPLES) -> Iterator[Clips]:
     """The clips of each bootstrap draw, for scores of a whole set (a Frechet distance)."""
     _, cluster = np.unique(prompts, return_inverse=True)

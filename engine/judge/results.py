@@ -59,6 +59,7 @@ class StageResult:
 
     Attributes:
         nfe: network evaluations per video (both branches of guidance counted).
+        token_forwards: tokens through the network per video; 0 is not counted.
         seconds_per_video: sampling and decoding, on ``Results.hardware``.
         seconds_train: wall time of the stage's training; None for a model that was given.
         steps: optimiser steps.
@@ -70,6 +71,7 @@ class StageResult:
     seconds_per_video: float
     seconds_train: float | None = None
     steps: int | None = None
+    token_forwards: int = 0
     gsb: tuple[Gsb, ...] = ()
     note: str = ""
     scores: Mapping[str, Score] = field(default_factory=dict)

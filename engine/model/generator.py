@@ -100,6 +100,13 @@ class Generator:
         return steps * (1 if self.config.guidance_scale == 1.0 else 2)
 
     @property
+    def token_forwards(self) -> int:
+        """Tokens through the network a video, whatever the size of a forward: what models of any pattern compare by."""
+        frames, tokens = self.shape[1], self.folder.transformer.tokens_per_frame(*self.shape[2:])
+        written = sum(self.pattern[:-1])
+        return (self.grid.num_steps * frames + written) * tokens * (1 if self.config.guidance_scale == 1.0 else 2)
+
+    @property
     def grid(self) -> Grid:
         few = self.config.denoising_steps
         return self.config.schedule.few_step(few) if few else self.config.schedule.grid(self.config.num_steps)

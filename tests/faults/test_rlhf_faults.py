@@ -19,9 +19,9 @@ from reelforge.engine.core.errors import DataError, ReelforgeError, TrainingErro
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.model.folder import load_codec
 from reelforge.engine.rl import origin
+from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.engine.rl.trainer import GrpoTask
 from reelforge.stages import rlhf
-from reelforge.stages.rlhf_config import RlhfConfig
 
 STEPS = 8
 

@@ -7,7 +7,16 @@ from torch import Tensor
 
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import Interrupted
-from reelforge.engine.flow.sampler import guided, initial_noise, sample_few_step, sample_ode, step_keys
+from reelforge.engine.flow.sampler import (
+    few_step_state,
+    guided,
+    initial_noise,
+    predict_x0,
+    sample_few_step,
+    sample_ode,
+    step_keys,
+    timesteps,
+)
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.flow.solver import SolverName
 
@@ -81,6 +90,38 @@ def test_few_step_renoises_the_prediction() -> None:
         x0 = x - sigma * (torch.sin(x) + sigma)
         x = x0 if k == 3 else (1 - sigmas[k + 1]) * x0 + sigmas[k + 1] * fresh(k).double()
     torch.testing.assert_close(ours, x.float(), rtol=0, atol=1e-5)
+
+
+def test_a_state_is_what_the_few_step_sampler_shows_the_student() -> None:
+    """Bit for bit, at every step; the steps before it are run, it and later ones are not."""
+    grid, noise = FlowSchedule("unipc_flow", 5.0).few_step((1000, 750, 500, 250)), initial_noise(3, [4], [0], SHAPE)
+    shown: list[Tensor] = []
+
+    def student(x: Tensor, timestep: Tensor) -> Tensor:
+        shown.append(x)
+        return torch.sin(x) + timestep.view(-1, 1, 1, 1, 1) / 1000
+
+    fresh = [initial_noise(9, [k], [0], SHAPE) for k in range(3)]
+    x0 = sample_few_step(student, noise, grid, lambda k: fresh[k])
+    states = list(shown)
+    for step, expected in enumerate(states):
+        shown.clear()
+        done: list[int] = []
+        state = few_step_state(student, noise, grid, lambda k: fresh[k], step, done.append)
+        assert torch.equal(state, expected) and len(shown) == step and done == list(range(1, step + 1))
+    assert torch.equal(predict_x0(state, student(state, timesteps(grid, 3, state)), grid, 3), x0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_prediction_has_the_states_dtype_and_a_gradient(dtype: torch.dtype) -> None:
+    grid = FlowSchedule("unipc_flow", 5.0).few_step((1000, 750, 500, 250))
+    x = initial_noise(0, [0], [0], SHAPE).to(dtype).requires_grad_()
+    velocity = initial_noise(1, [0], [0], SHAPE).bfloat16().requires_grad_()
+    x0 = predict_x0(x, velocity, grid, 2)  # sigma = 5/6
+    torch.testing.assert_close(x0, x - 5 / 6 * velocity.to(dtype))
+    x0.sum().backward()
+    assert x0.dtype == dtype and torch.all(x.grad == 1)
+    torch.testing.assert_close(velocity.grad, torch.full_like(velocity, -5 / 6))
 
 
 def test_guidance_is_one_forward_of_twice_the_batch() -> None:

@@ -130,3 +130,12 @@ def test_bad_denoising_steps_are_refused(steps: tuple[float, ...]) -> None:
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_steps is 0"):
         FlowSchedule("euler", 5.0).grid(0)
+
+
+@pytest.mark.parametrize("kind", ["unipc_flow", "euler"])
+def test_steps_are_the_tables_as_numbers(kind: str) -> None:
+    """One a step: the last sigma, 0, begins none."""
+    schedule = FlowSchedule(kind, 5.0)
+    for grid in (schedule.grid(7), schedule.few_step((1000, 750, 500, 250))):
+        assert grid.steps == [(grid.sigmas[k].item(), grid.timesteps[k].item()) for k in range(grid.num_steps)]
+    np.testing.assert_allclose(grid.steps, [(1, 1000), (15 / 16, 937.5), (5 / 6, 2500 / 3), (5 / 8, 625)], rtol=1e-6)

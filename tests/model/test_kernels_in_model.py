@@ -42,8 +42,10 @@ def test_forward(model: WanTransformer, precision: str, timesteps: tuple[int, ..
             torch.testing.assert_close(model(*inputs(timesteps)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients(model: WanTransformer) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+def test_gradients(model: WanTransformer, checkpointing: bool) -> None:
     upstream = randn(5, *LATENTS)
+    model.gradient_checkpointing = checkpointing
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()

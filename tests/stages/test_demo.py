@@ -14,9 +14,9 @@ from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.data.toy_world import captions, scenes
 from reelforge.engine.io.video import read_video
 from reelforge.engine.judge import results
+from reelforge.engine.judge.evaluation import held_out_prompts
 from reelforge.stages.cli import main
 from reelforge.stages.demo import load_config
-from reelforge.stages.evaluation import held_out_prompts
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,20 @@ import pytest
 import tomli_w
 from tiny_rlhf import PROMPTS, lines, recipe_table
 
+from reelforge.bench import rl_study
+from reelforge.bench.examiner import Examiner, Verdict
+from reelforge.bench.rl_study import PROOF, Study, ablation_arms, iterations_within, training_nfe
+from reelforge.bench.rl_study_report import Arm, Outcome, Training, acceptance, best_guided, markdown
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError, TrainingError
 from reelforge.engine.judge.bootstrap import Interval
+from reelforge.engine.judge.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.engine.judge.gsb import Gsb
 from reelforge.engine.judge.results import Score
-from reelforge.stages import cache, rl_study, sft
+from reelforge.engine.rl.recipe import RlhfConfig
+from reelforge.stages import cache, sft
+from reelforge.stages.bench import _drive
 from reelforge.stages.cli import main
-from reelforge.stages.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
-from reelforge.stages.rl_examiner import Examiner, Verdict
-from reelforge.stages.rl_study import PROOF, Study, ablation_arms, iterations_within, training_nfe
-from reelforge.stages.rl_study_report import Arm, Outcome, Training, acceptance, best_guided, markdown
-from reelforge.stages.rlhf_config import RlhfConfig
 from reelforge.stages.sft import SftConfig
 
 VERBS = {"rl-study": [], "rl-ablation": ["--nfe", "300", "--samples", "1"]}
@@ -104,7 +106,7 @@ def test_a_finished_study_trains_and_samples_nothing_again(study: Path, demo, re
     def never(*arguments: object, **more: object) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr("reelforge.stages.rl_examiner.evaluate", never)
+    monkeypatch.setattr("reelforge.bench.examiner.evaluate", never)
     monkeypatch.setattr("reelforge.stages.rlhf._train", never)
     monkeypatch.setattr("reelforge.stages.sft._train", never)
     run("rl-study", study, demo, recipe)
@@ -114,7 +116,7 @@ def test_a_finished_study_trains_and_samples_nothing_again(study: Path, demo, re
 def test_kept_scores_are_of_these_weights_and_this_way_of_sampling(study: Path, demo: Path, monkeypatch) -> None:
     examiner = Examiner(demo, study, None)
     seen = []
-    monkeypatch.setattr("reelforge.stages.rl_examiner.evaluate", lambda folder, *rest: seen.append(rest[-1]) or 1 / 0)
+    monkeypatch.setattr("reelforge.bench.examiner.evaluate", lambda folder, *rest: seen.append(rest[-1]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         examiner.verdict("rlhf seed 0", study / "rlhf-seed-1/transformer")
     with pytest.raises(ZeroDivisionError):
@@ -131,7 +133,7 @@ def test_the_ablation_spends_equal_evaluations(tmp_path: Path, demo: Path, recip
     found = json.loads((out / "study.json").read_text())
     arms = {arm["name"]: arm for arm in found["arms"]}
     assert len(arms) == 1 + 2 * 2 * 2 + 2 and found["checks"] == []
-    study = Study(demo, out, recipe, ["train.micro_batch_size=8"])
+    study = Study(demo, out, recipe, ["train.micro_batch_size=8"], _drive)
     for arm in ablation_arms(4):
         training, config = arms[arm.name]["training"], study.config(arm)
         count = training["iterations"]
@@ -147,7 +149,7 @@ def test_the_ablation_spends_equal_evaluations(tmp_path: Path, demo: Path, recip
 
 
 def test_equal_seconds_come_from_a_calibration(tmp_path: Path, demo: Path, recipe: Path) -> None:
-    study, arm = Study(demo, tmp_path, recipe, []), ablation_arms(4)[-1]
+    study, arm = Study(demo, tmp_path, recipe, [], _drive), ablation_arms(4)[-1]
     by_nfe, by_seconds = rl_study._at_equal_cost(study, [arm], 300, 7.0)
     second = lines(tmp_path / "calibration-preset-mix")[1]
     assert by_nfe.overrides[-1] == f"train.steps={iterations_within(study.config(arm), 300)}"
@@ -157,7 +159,7 @@ def test_equal_seconds_come_from_a_calibration(tmp_path: Path, demo: Path, recip
 
 
 def test_evaluations_by_hand(demo: Path, recipe: Path, tmp_path: Path) -> None:
-    config = Study(demo, tmp_path, recipe, ["rollout.path.guidance_scale=2.0"]).config(PROOF[4])
+    config = Study(demo, tmp_path, recipe, ["rollout.path.guidance_scale=2.0"], _drive).config(PROOF[4])
     # T = 4, G = 4, steps [0, 2), two groups at either: 2 (1 + 12) + 2 (2 + 8) rows, 4 states; guidance doubles all.
     assert training_nfe(config, 3) == 3 * 2 * (46 + 2 * 4)
     assert iterations_within(config, 3 * 108) == 3 and iterations_within(config, 3 * 108 - 1) == 2
@@ -165,12 +167,11 @@ def test_evaluations_by_hand(demo: Path, recipe: Path, tmp_path: Path) -> None:
         iterations_within(config, 107)
 
 
-def test_an_arm_that_diverges_is_a_result(demo: Path, recipe: Path, tmp_path: Path, monkeypatch) -> None:
-    def diverge(config: object) -> None:
+def test_an_arm_that_diverges_is_a_result(demo: Path, recipe: Path, tmp_path: Path) -> None:
+    def diverge(*arguments: object) -> None:
         raise TrainingError("no finite loss", "")
 
-    monkeypatch.setattr(rl_study.rlhf, "run", diverge)
-    training = Study(demo, tmp_path, recipe, []).train(PROOF[4])
+    training = Study(demo, tmp_path, recipe, [], diverge).train(PROOF[4])
     assert training is not None and training.stopped == "no finite loss"
     checks = acceptance([Outcome(PROOF[4], training, None)], {})
     assert [(check.found, check.passed) for check in checks] == [("no finite loss", False)]
@@ -193,7 +194,7 @@ def verdict(net: float = 0.6, ratio: float = 0.5, **changes: tuple[float, float,
         change = Interval(*changes.get(verifier.name, usual))
         scores[verifier.name] = Score(1.0, 0.9, 1.1, verifier.target, "", verifier.better, 0, change)
     gsb = Gsb("sft", 6, 4, 0, net, net - 0.1, net + 0.1, 1.0, 0.8, 0.01, 0.01, 0.1, ("strangeness",))
-    return Verdict(10, 0.1, scores, 0.5, {"held-out voters": gsb, "optimised rewards": gsb}, ratio)
+    return Verdict(10, 800, 0.1, scores, 0.5, {"held-out voters": gsb, "optimised rewards": gsb}, ratio, {})
 
 
 def failed(role: str, judged: Verdict) -> list[str]:

@@ -25,9 +25,9 @@ from reelforge.engine.model.weights import load_transformer, save_transformer
 from reelforge.engine.rewards.contract import Scores
 from reelforge.engine.rewards.picture import PictureStatistics
 from reelforge.engine.rl.plan import PlanConfig, Planner
+from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.stages import rlhf
 from reelforge.stages.cli import main
-from reelforge.stages.rlhf_config import RlhfConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 KEYS = {

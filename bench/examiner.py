@@ -1,8 +1,11 @@
-"""Models of a finished demo, judged as its report judges them: same prompts, noise, truth, panel and intervals."""
+"""Models of a finished demo, judged as its report judges them: same prompts, noise, truth, panel and intervals.
+
+A study compares all of its arms with one of the demo's models, the reference.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,47 +18,62 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import make_folder, replace_file
+from reelforge.engine.judge.bootstrap import Interval
+from reelforge.engine.judge.evaluation import (
+    FRECHET,
+    REWARDS,
+    TRUTH_SAMPLES,
+    VOTERS,
+    Evaluation,
+    EvaluationConfig,
+    Judge,
+    Measured,
+    evaluate,
+    held_out_prompts,
+    recovery,
+    truth_clips,
+)
 from reelforge.engine.judge.gsb import Gsb, compare, fix_panel
 from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.rewards import calibration
-from reelforge.stages.demo_report import TRUTH_SAMPLES, EvaluationConfig
-from reelforge.stages.evaluation import (
-    FRECHET,
-    REWARDS,
-    VOTERS,
-    Evaluation,
-    Judge,
-    Measured,
-    evaluate,
-    held_out_prompts,
-    truth_clips,
-)
 
+# (verb, recipe, overrides, overlays): runs a stage as its verb does. Stages stand above, so they hand this in.
+Drive = Callable[[str, Path, Sequence[str], Sequence[Path]], None]
 UNGUIDED = ("guidance_scale=1.0",)
+
+
+def placed(files: Mapping[str, Path]) -> list[str]:
+    """Paths as overrides of a recipe."""
+    return [f"{name}={json.dumps(str(path))}" for name, path in files.items()]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A model against the fine-tuned one, clip by clip.
+    """A model against the reference, clip by clip.
 
     Attributes:
         nfe: network evaluations a video.
+        token_forwards: tokens through the network a video.
         seconds_per_video: sampling and decoding.
-        scores: with paired changes; none for the fine-tuned model itself.
-        gain: mean change of the rewards, in standard deviations of the fine-tuned model's clips.
+        scores: with paired changes; none for the reference itself.
+        gain: mean change of the rewards, in standard deviations of the reference's clips.
         gsb: by held-out voters, and by the rewards that training optimised.
-        frechet_ratio: distance to the truth over the fine-tuned model's.
+        frechet_ratio: distance to the truth over the reference's.
+        recovery: of each reward, (model - floor) / (reference - floor) with clean clips of other prompts for the
+            floor; without those whose floor is above the reference.
     """
 
     nfe: int
+    token_forwards: int
     seconds_per_video: float
     scores: Mapping[str, Score]
     gain: float
     gsb: Mapping[str, Gsb]
     frechet_ratio: float
+    recovery: Mapping[str, Interval]
 
 
 class Examiner:
@@ -65,21 +83,30 @@ class Examiner:
         demo: folder of a finished demo.
         out: where scores are kept.
         samples: clips a prompt; None is as many as the demo's report takes.
+        reference: name of the demo's model that all others are compared with.
+        settings: how it is sampled.
 
     Raises:
         ConfigError: the demo is not there.
     """
 
-    def __init__(self, demo: Path, out: Path, samples: int | None) -> None:
-        recipe = demo / "config.resolved.toml"
-        if not (demo / "sft_model").exists() or not recipe.exists():
+    def __init__(
+        self,
+        demo: Path,
+        out: Path,
+        samples: int | None,
+        reference: str = "sft",
+        settings: tuple[str, ...] = UNGUIDED,
+    ) -> None:
+        recipe, folder = demo / "config.resolved.toml", demo / f"{reference}_model"
+        if not folder.exists() or not recipe.exists():
             raise ConfigError(f"{demo} is no finished demo.", "Run `reelforge demo`, or name its folder with --demo.")
         table = configuration.read_table(recipe)
         config = configuration.build(EvaluationConfig, table["evaluation"])
         self.config = replace(config, samples=samples or config.samples)
         self.seed: int = table["seed"]
         self.kept = make_folder(out / "evaluations")
-        self.folder = ModelFolder.load(demo / "sft_model")
+        self.name, self.settings, self.folder = reference, settings, ModelFolder.load(folder)
         self._prepare(ModelFolder.load(demo / "base_model"))
 
     def _prepare(self, base: ModelFolder) -> None:
@@ -91,27 +118,33 @@ class Examiner:
         members = (range(samples), range(samples, samples + TRUTH_SAMPLES))
         clean, others = (through_codec(base.codec, truth_clips(scenes, part, video, seed)) for part in members)
         truth = self.judge.calibrate(clean, [prompt for prompt in self.prompts for _ in range(samples)], others)
-        self.truth = self.judge.table(truth, seed)
+        self.truth, self.floor = self.judge.table(truth, seed), self.judge.floor(truth)
         first, second = (self._sample(f"base draw {n}", base, UNGUIDED, n).measured.scores for n in (0, 1))
         open_rewards = tuple(replace(reward, target=False) for reward in REWARDS)
         voters = {"held-out voters": (*REWARDS, *VOTERS), "optimised rewards": open_rewards}
         self.panels = {source: fix_panel(first, second, verifiers) for source, verifiers in voters.items()}
-        self.reference = self._sample("sft", self.folder, UNGUIDED).measured
+        self.reference = self._sample(self.name, self.folder, self.settings).measured
         self.distance = self.judge.distance(self.reference.features)
         self.scale = {reward.name: float(np.nanstd(self.reference.scores[reward.name])) for reward in REWARDS}
 
     def verdict(self, name: str, transformer: Path | None = None, settings: tuple[str, ...] = UNGUIDED) -> Verdict:
-        """Judge a model.
+        """Judge weights of the reference's shape.
 
         Args:
             name: of its scores' file.
-            transformer: its weights; None is the fine-tuned model's.
+            transformer: its weights; None is the reference's.
             settings: how it is sampled, over the folder's defaults.
         """
         folder = replace(self.folder, transformer=load_transformer(transformer)) if transformer else self.folder
+        return self._judge(name, folder, settings, transformer is None and settings == self.settings)
+
+    def verdict_of_folder(self, name: str, root: Path, settings: tuple[str, ...] = ()) -> Verdict:
+        """Judge a model folder, sampled as it says unless ``settings`` says otherwise."""
+        return self._judge(name, ModelFolder.load(root), settings)
+
+    def _judge(self, name: str, folder: ModelFolder, settings: tuple[str, ...], same: bool = False) -> Verdict:
         evaluation = self._sample(name, folder, settings)
         measured, below = evaluation.measured, self.reference
-        same = transformer is None and settings == UNGUIDED
         scores = self.judge.table(measured, self.seed, None if same else below)
         gains = [
             np.nanmean(measured.scores[axis] - below.scores[axis]) / scale
@@ -119,11 +152,21 @@ class Examiner:
             if scale
         ]
         gsb = {
-            source: compare(measured.scores, below.scores, measured.labels, panel, "sft", self.seed)
+            source: compare(measured.scores, below.scores, measured.labels, panel, self.name, self.seed)
             for source, panel in self.panels.items()
         }
         ratio = scores[FRECHET.name].mean / self.distance
-        return Verdict(evaluation.nfe, evaluation.seconds_per_video, scores, float(np.mean(gains)), gsb, ratio)
+        kept = {
+            axis: recovery(measured, below, self.floor, axis, self.seed) for axis in self.scale if self._above(axis)
+        }
+        return Verdict(
+            evaluation.nfe, evaluation.token_forwards, evaluation.seconds_per_video, scores, float(np.mean(gains)), gsb,
+            ratio, kept,
+        )  # fmt: skip
+
+    def _above(self, axis: str) -> bool:
+        """Whether the reference is above the floor, so that there is a way to go."""
+        return bool(np.nanmean(self.reference.scores[axis]) > np.nanmean(self.floor.scores[axis]))
 
     def _sample(self, name: str, folder: ModelFolder, settings: tuple[str, ...], draw: int = 0) -> Evaluation:
         """Sample and measure, or read what an earlier call measured of the same; without the clips."""
@@ -136,12 +179,17 @@ class Examiner:
             if facts["key"] == key:
                 features = found.pop("features")
                 measured = Measured(torch.empty(0), asked, {of: v.numpy() for of, v in found.items()}, features)
-                return Evaluation(measured, int(facts["nfe"]), float(facts["seconds"]))
+                return Evaluation(measured, int(facts["nfe"]), int(facts["token_forwards"]), float(facts["seconds"]))
         seed = rng.key("evaluation", self.seed, draw)
         made = evaluate(
             folder, self.judge, self.prompts, config.samples, seed, config.batch_size, f"sampling {name}", settings
         )
-        facts = {"key": key, "nfe": str(made.nfe), "seconds": repr(made.seconds_per_video)}
+        facts = {
+            "key": key,
+            "nfe": str(made.nfe),
+            "token_forwards": str(made.token_forwards),
+            "seconds": repr(made.seconds_per_video),
+        }
         tensors = {of: torch.from_numpy(values) for of, values in made.measured.scores.items()}
         replace_file(path, save({"features": made.measured.features.contiguous(), **tensors}, facts))
         return replace(made, measured=replace(made.measured, videos=torch.empty(0)))

@@ -14,6 +14,7 @@ from reelforge.engine.core.progress import track
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.toy_render import render
 from reelforge.engine.data.toy_world import Scene, captions, scenes
+from reelforge.engine.judge.bootstrap import Interval, ratio_interval
 from reelforge.engine.judge.gsb import Verifier
 from reelforge.engine.judge.results import Score, score_clips, score_set
 from reelforge.engine.model.folder import ModelFolder
@@ -44,7 +45,25 @@ ACCURACIES = tuple(
     for factor in ("colour", "shape", "motion", "speed", "background")
 )
 FRECHET = Verifier("frechet", "lower", target=False)
+TRUTH_SAMPLES = 12  # clean clips a prompt that sets of clips are compared with
 _MEASURE_BATCH = 128
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How much is sampled.
+
+    Attributes:
+        prompts: held-out scenes, one caption each.
+        samples: clips per prompt.
+        batch_size: clips a forward.
+        calibration_clips: clips per row of known quality.
+    """
+
+    prompts: int
+    samples: int
+    batch_size: int
+    calibration_clips: int = 128
 
 
 @dataclass(frozen=True)
@@ -75,11 +94,13 @@ class Evaluation:
 
     Attributes:
         nfe: network evaluations a video.
+        token_forwards: tokens through the network a video.
         seconds_per_video: sampling and decoding.
     """
 
     measured: Measured
     nfe: int
+    token_forwards: int
     seconds_per_video: float
 
 
@@ -131,6 +152,10 @@ class Judge:
         """Frechet distance of a set's features ``[N, D]`` to the truth's; a finite set of true clips is not at 0."""
         return frechet(features.mean(0), torch.cov(features.T), *self._reference)
 
+    def floor(self, truth: Measured) -> Measured:
+        """Clean clips under other clips' prompts: perfect pictures of the wrong thing."""
+        return self.measure(truth.videos.roll(len(truth.videos) // 2, 0), truth.prompts)
+
     def table(self, measured: Measured, seed: int, reference: Measured | None = None) -> dict[str, Score]:
         """Means with 95 % intervals over prompts, and paired changes to ``reference``."""
         below = reference.scores if reference else None
@@ -144,6 +169,13 @@ class Judge:
             (lambda clips: self.distance(reference.features[clips])) if reference else None,
         )
         return {**clip_level, FRECHET.name: frechet}
+
+
+def recovery(student: Measured, teacher: Measured, floor: Measured, axis: str, seed: int) -> Interval:
+    """How far a student got from the floor to its teacher, (student - floor) / (teacher - floor): 1 is level."""
+    low = floor.scores[axis]
+    above, below = student.scores[axis] - low, teacher.scores[axis] - low
+    return ratio_interval(above, below, student.labels, seed)
 
 
 def held_out_prompts(count: int) -> list[tuple[Scene, str]]:
@@ -195,4 +227,20 @@ def evaluate(
         clips.append(torch.from_numpy(decode_uint8(folder.codec, generator.latents(batch))))
     seconds = (time.perf_counter() - start) / len(jobs)
     measured = judge.measure(torch.cat(clips), [job.prompt for job in jobs])
-    return Evaluation(measured, generator.num_evaluations, seconds)
+    return Evaluation(measured, generator.num_evaluations, generator.token_forwards, seconds)
+
+
+def chunk_seconds(folder: ModelFolder, prompt: str, settings: Sequence[str] = (), repeats: int = 5) -> list[float]:
+    """How long each chunk of one video takes to denoise, the pass that writes the chunk before included; medians."""
+    generator = Generator(folder, resolve(folder.defaults, settings), 0)
+    runs = []
+    for _ in range(repeats):
+        marks = [time.perf_counter()]
+
+        def mark(done: int, marks: list[float] = marks) -> None:
+            if done == generator.grid.num_steps:
+                marks.append(time.perf_counter())
+
+        generator.latents([Job(prompt, 0)], mark)
+        runs.append(np.diff(marks))
+    return np.median(runs, axis=0).tolist()

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from reelforge.bench.examiner import UNGUIDED, Verdict
+from reelforge.engine.judge.evaluation import ACCURACIES, REWARDS
 from reelforge.engine.judge.results import Score
-from reelforge.stages.evaluation import ACCURACIES, REWARDS
-from reelforge.stages.rl_examiner import UNGUIDED, Verdict
 
 # Acceptance. Fixed before the reported run; a failed check is reported, not moved.
 MIN_NET_GSB = 0.5  # by held-out voters

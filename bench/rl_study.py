@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from reelforge.bench.examiner import Drive, Examiner, placed
+from reelforge.bench.rl_study_report import Arm, Outcome, Training, acceptance, axes, markdown, to_table
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware
 from reelforge.engine.core.errors import ConfigError, TrainingError
@@ -22,12 +24,7 @@ from reelforge.engine.core.progress import say
 from reelforge.engine.rl.forecast import trained_states
 from reelforge.engine.rl.plan import Planner, evaluations
 from reelforge.engine.rl.prompts import read_prompts
-from reelforge.stages import rlhf, sft
-from reelforge.stages.console import emit
-from reelforge.stages.rl_examiner import Examiner
-from reelforge.stages.rl_study_report import Arm, Outcome, Training, acceptance, axes, markdown, to_table
-from reelforge.stages.rlhf_config import RlhfConfig
-from reelforge.stages.sft import SftConfig
+from reelforge.engine.rl.recipe import RlhfConfig
 
 SFT = Arm("sft", "given")
 GUIDANCE = (1.5, 2.0, 3.0)
@@ -43,6 +40,7 @@ PROOF = (
 )
 _TIMED_LIKE = "rlhf seed 0"
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 NOISES = {
     "wan": ('rollout.noise.kind="wan"', "rollout.noise.eta=1.0"),
     "trunc": ('rollout.noise.kind="trunc"', "rollout.noise.eta=1.0", "rollout.noise.cap=0.45"),
@@ -61,18 +59,24 @@ class Study:
         out: where runs go.
         recipe: of the RLHF stage.
         overrides: laid over every arm.
+        drive: runs a stage.
     """
 
-    def __init__(self, demo: Path, out: Path, recipe: Path, overrides: Sequence[str]) -> None:
-        self.demo, self.out, self.recipe, self.overrides = demo, out, recipe, overrides
+    def __init__(self, demo: Path, out: Path, recipe: Path, overrides: Sequence[str], drive: Drive) -> None:
+        self.demo, self.out, self.recipe, self.overrides, self.drive = demo, out, recipe, overrides, drive
 
     def config(self, arm: Arm, *more: str) -> RlhfConfig:
         """The arm's recipe: every step is logged, nothing is watched."""
-        overlays = (rlhf.PRESETS / f"{arm.preset}.toml",) if arm.preset else ()
+        return configuration.load(RlhfConfig, self.recipe, self._overrides(arm, *more), self._overlays(arm))
+
+    def _overrides(self, arm: Arm, *more: str) -> tuple[str, ...]:
         files = {"model": self.demo / "sft_model", "prompts": self.demo / "rl_prompts.txt", "output": self._run(arm)}
-        places = (f"{name}={json.dumps(str(path))}" for name, path in files.items())
-        fixed = ("held_out=none", "train.log_every=1", *places)
-        return configuration.load(RlhfConfig, self.recipe, (*self.overrides, *arm.overrides, *fixed, *more), overlays)
+        fixed = ("held_out=none", "train.log_every=1", *placed(files))
+        return (*self.overrides, *arm.overrides, *fixed, *more)
+
+    @staticmethod
+    def _overlays(arm: Arm) -> tuple[Path, ...]:
+        return (RECIPES / "presets" / f"{arm.preset}.toml",) if arm.preset else ()
 
     def weights(self, arm: Arm) -> Path:
         """Of a finished run."""
@@ -93,7 +97,7 @@ class Study:
         if config.lora:
             raise ConfigError(f"{self.recipe} trains an adapter.", "The study compares full weights: leave out [lora].")
         try:
-            rlhf.run(config)
+            self.drive("rlhf", self.recipe, self._overrides(arm, *more), self._overlays(arm))
         except TrainingError as error:
             stopped = error.what
         lines = [line for line in read_jsonl(config.output / "metrics.jsonl") if "step_s" in line]
@@ -107,19 +111,13 @@ class Study:
 
     def _continue_sft(self, arm: Arm) -> Training:
         """The demo's own fine-tuning once more, optimizer and schedule from the start, for RLHF's seconds."""
-        config = configuration.load(SftConfig, self.demo / "sft" / "config.resolved.toml")
         done, taken = training_time(self.demo / "sft" / "metrics.jsonl")
         _, seconds = training_time(self.out / _slug(_TIMED_LIKE) / "metrics.jsonl")
         steps = max(1, round(seconds / taken * done))
-        config = dataclasses.replace(
-            config,
-            model=self.demo / "sft_model",
-            cache=self.demo / "cache" / "curated",
-            output=self._run(arm),
-            train=dataclasses.replace(config.train, steps=steps),
-        )
-        sft.run(config)
-        _, seconds = training_time(config.output / "metrics.jsonl")
+        run = self._run(arm)
+        files = {"model": self.demo / "sft_model", "cache": self.demo / "cache" / "curated", "output": run}
+        self.drive("sft", self.demo / "sft" / "config.resolved.toml", (*placed(files), f"train.steps={steps}"), ())
+        _, seconds = training_time(run / "metrics.jsonl")
         return Training(seconds, steps)
 
     def _run(self, arm: Arm) -> Path:
@@ -197,18 +195,18 @@ def _probe(study: Study) -> dict[str, dict[str, float]]:
     return {kind: dict(training.rho or {}) for kind, training in trained.items() if training}
 
 
-def proof(arguments: argparse.Namespace) -> int:
+def proof(arguments: argparse.Namespace, drive: Drive) -> int:
     """The verb ``rl-study``."""
     note = (
         "`sft continued` is the demo's own fine-tuning recipe restarted from the fine-tuned model, at its full rate,"
         f" for the seconds of `{_TIMED_LIKE}`."
     )
-    return _conclude(arguments, _study(arguments), PROOF, [note], {})
+    return _conclude(arguments, _study(arguments, drive), PROOF, [note], {})
 
 
-def ablation(arguments: argparse.Namespace) -> int:
+def ablation(arguments: argparse.Namespace, drive: Drive) -> int:
     """The verb ``rl-ablation``."""
-    study = _study(arguments)
+    study = _study(arguments, drive)
     arms = ablation_arms(study.config(SFT).plan.group_size)
     sized = _at_equal_cost(study, arms, arguments.nfe, arguments.seconds)
     rho = _probe(study)
@@ -220,8 +218,8 @@ def ablation(arguments: argparse.Namespace) -> int:
     return _conclude(arguments, study, [SFT, *sized], [note, *told], {"rho": rho})
 
 
-def _study(arguments: argparse.Namespace) -> Study:
-    return Study(arguments.demo, arguments.out, arguments.recipe, arguments.overrides)
+def _study(arguments: argparse.Namespace, drive: Drive) -> Study:
+    return Study(arguments.demo, arguments.out, arguments.recipe, arguments.overrides, drive)
 
 
 def _conclude(
@@ -254,7 +252,7 @@ def _conclude(
     replace_file(arguments.out / "study.md", markdown(outcomes, checks, examiner.truth, [lead, *notes]))
     passed = sum(check.passed for check in checks)
     told = f"; {passed} of {len(checks)} acceptance checks pass" if checks else ""
-    emit(f"{arguments.out}/study.md and study.json are written{told}")
+    say(f"{arguments.out}/study.md and study.json are written{told}")
     return 0
 
 

@@ -1,10 +1,9 @@
 """The RLHF stage's recipe."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError
@@ -21,8 +20,6 @@ from reelforge.engine.rl.policy import PathConfig
 from reelforge.engine.train.loop import LoopConfig
 from reelforge.engine.train.pace import PaceConfig
 from reelforge.engine.train.state import OptimizerConfig
-
-Recipe = TypeVar("Recipe")  # a stage's
 
 
 @dataclass(frozen=True)
@@ -130,34 +127,3 @@ def decisive(config: RlhfConfig) -> RlhfConfig:
         config, model=Path(), prompts=Path(), output=Path(), train=train, held_out=None,
         gradient_checkpointing=False, device="auto", scoring=ScoringConfig(),
     )  # fmt: skip
-
-
-def check_same(config: Recipe, resolved: Path, decisive: Callable[[Recipe], Recipe]) -> None:
-    """Refuse to continue a run under settings that would make it another one.
-
-    Args:
-        config: of now.
-        resolved: the recipe that the run directory keeps; none is there before the first start.
-        decisive: keeps what decides the run's results.
-
-    Raises:
-        ConfigError: names the first setting that differs.
-    """
-    if not resolved.exists():
-        return
-    tables = [_flat(configuration.to_table(decisive(c))) for c in (configuration.load(type(config), resolved), config)]
-    before, now = tables
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise ConfigError(
-                f"{resolved.parent} was started with {name} = {before.get(name)!r}, now it is {now.get(name)!r}.",
-                f"Continue with {resolved}, or choose another output folder.",
-            )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
