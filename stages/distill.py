@@ -169,6 +169,7 @@ def _sampled_by(config: DistillConfig, setup: Setup) -> GenerationDefaults:
     sampled = dataclasses.replace(
         setup.defaults, schedule=setup.schedule, chunk_frames=pattern[-1], first_chunk_frames=first
     )
-    if config.self_forcing or not config.causal_init or config.causal_init.few_step:
-        return dataclasses.replace(sampled, guidance_scale=1.0, denoising_steps=config.denoising_steps)
-    return sampled
+    if config.causal_init and not config.causal_init.few_step and not config.self_forcing:
+        return sampled
+    context = config.self_forcing.rollout.context if config.self_forcing else sampled.context
+    return dataclasses.replace(sampled, guidance_scale=1.0, denoising_steps=config.denoising_steps, context=context)

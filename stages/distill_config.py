@@ -146,7 +146,7 @@ class DistillConfig:
             raise ConfigError(f"first_chunk_frames is {self.first_chunk_frames}.", "0 is chunk_frames.")
         if self.few_step and dataclasses.replace(self.few_step.rollout, exit_policy="random") != RolloutConfig():
             raise ConfigError(
-                "few_step.rollout sets context_noise, frames or segments.",
+                "few_step.rollout sets context, frames or segments.",
                 "A bidirectional student makes its clip in one piece: leave them out.",
             )
         if not self.phases:

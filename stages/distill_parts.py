@@ -19,7 +19,8 @@ from reelforge.engine.distill.turns import Turns
 from reelforge.engine.flow.sampler import guided, initial_noise
 from reelforge.engine.flow.schedule import FlowSchedule, Grid
 from reelforge.engine.model.folder import GenerationDefaults, load_codec, load_generation_defaults
-from reelforge.engine.model.generation import Guidance, half_precision, latent_shape, sample_chunks
+from reelforge.engine.model.generation import CLEAN, Guidance, half_precision, latent_shape, sample_chunks
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.layout import chunk_pattern
 from reelforge.engine.model.lora import inject, lora_parameters
 from reelforge.engine.model.wan import WanTransformer
@@ -172,7 +173,7 @@ def _dmd(
         TrainState(_trained(critic), phase.critic_optimizer, others),
         phase.dmd.critic_steps,
     )
-    sample = _sampler(model, setup, pattern, phase.train)
+    sample = _sampler(model, setup, pattern, phase.train, context=phase.rollout.context)
     return Parts(
         model, state, state.student, task.losses, task.describe, phase.rollout.segments, sample, phase.train.seed
     )
@@ -250,7 +251,12 @@ def _pairs(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) 
 
 
 def _sampler(
-    model: WanTransformer, setup: Setup, pattern: tuple[int, ...], train: LoopConfig, negative: Tensor | None = None
+    model: WanTransformer,
+    setup: Setup,
+    pattern: tuple[int, ...],
+    train: LoopConfig,
+    negative: Tensor | None = None,
+    context: ContextConfig = CLEAN,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """As ``generate`` samples the finished folder: in few steps, or, with a negative prompt, as the teacher's ODE."""
     many, scale = setup.schedule.grid(setup.defaults.num_steps), setup.defaults.guidance_scale
@@ -260,6 +266,7 @@ def _sampler(
             if negative is not None:
                 return sample_chunks(model, Guidance(text, negative[None].to(text), scale), noise, many, pattern)
             renoise = lambda k: rng.normal(keys[k], setup.shape)  # noqa: E731
-            return sample_chunks(model, Guidance(text, text[:0], 1.0), noise, setup.grid, pattern, renoise)
+            guidance = Guidance(text, text[:0], 1.0)
+            return sample_chunks(model, guidance, noise, setup.grid, pattern, renoise, context=context)
 
     return sample

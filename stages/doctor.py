@@ -107,7 +107,7 @@ def _price(
         return price_init(ledger, student, other, shape, layout, phase.optimizer, train, text[1:])
     chunks = (shape[1],) if name == "few_step" else pattern(phase.rollout.frames or shape[1])
     critic = load(config.critic, phase.critic_lora)
-    teacher = None if phase.critic_lora else load(config.teacher, frozen=True)
+    teacher = None if phase.critic_lora else load(config.teacher, frozen=True).requires_grad_(False)
     rolled, ids = Student(student, grid, chunks, shape), range(len(text) - 1)
     task = DmdTask(rolled, critic, teacher, text, ids, phase.dmd, phase.rollout, schedule, train)
     return price_dmd(ledger, task, phase.optimizer, phase.critic_optimizer)

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +80,8 @@ def simulated(device: str) -> Iterator[Ledger]:
         stack.enter_context(triton.knobs.runtime.scope())
         triton.knobs.runtime.interpret = True  # so that a kernel's shapes can be asked of CPU tensors; nothing runs
         for op in dispatch.implementations():
-            stack.enter_context(dispatch.pinned(op, "triton" if op in fused else None))
+            other = "sdpa" if op == "attention" else dispatch.REFERENCE
+            stack.enter_context(dispatch.pinned(op, "triton" if op in fused else other))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield stack.enter_context(Ledger())
 
@@ -150,26 +152,34 @@ def price_dmd(ledger: Ledger, task: DmdTask, student: OptimizerConfig, critic: O
     """
     model, train, text = task.student.model, task.train, task.text[:-1]
     x, teacher = torch.empty(len(text), *task.student.shape), task.teacher or task.critic
-    (rolled, context), _, peak = ledger.cost(lambda: _last_chunk(task, text))
-    cache: Parts = {"KV cache": (rolled.cache.num_bytes, _name(rolled.cache.keys))}
-    rest = peak - context - rolled.cache.num_bytes
-
-    def judge() -> Tensor:
-        with torch.no_grad(), _half(teacher, train):
-            return guided(teacher, text, text, task.config.teacher_guidance)(x, torch.empty(len(x)))
-
-    def again() -> Tensor:
-        return replay(model, rolled, rolled.exits[-1], text, task.student.grid)
-
     always = _learnt("student", model, student) | _learnt("critic", task.critic, critic)
     if task.teacher is not None:
         always["teacher: weights"] = _weights(teacher)
     always["latents, noise, text"] = (6 * x.nbytes + 2 * text.nbytes, "float32")
+
+    def score(judge: WanTransformer, scale: float) -> Tensor:
+        with torch.no_grad(), _half(judge, train):
+            return guided(judge, text, text, scale)(x, torch.empty(len(x)))
+
+    def again() -> Tensor:
+        return replay(model, rolled, rolled.exits[-1], text, task.student.grid)
+
+    (rolled, context), _, peak = ledger.cost(lambda: _last_chunk(task, text))
+    kind, rest = _name(rolled.cache.keys), peak - context - rolled.cache.num_bytes
+    scales = ((teacher, task.config.teacher_guidance), (task.critic, 1.0))
+    scored = max(ledger.cost(partial(score, *judge))[2] for judge in scales)
+    replayed = _trained(ledger, "replayed chunk", model, train, again)
+    if not model.gradient_checkpointing:
+        past = rolled.cache.upto(rolled.exits[-1].chunks_before).committed_tokens
+        copies, (kept, mixed) = 2 * rolled.cache.keys[:, :, :past].nbytes, replayed["replayed chunk activations"]
+        replayed |= {"replayed chunk activations": (kept - copies, mixed), "copies of its past": (copies, kind)}
+    learning = _trained(ledger, "critic's", task.critic, train, lambda: task.critic(x, torch.empty(len(x)), text))
+    cache: Parts = {"KV cache": (rolled.cache.num_bytes, kind)}
     moments = {
-        "rollout": cache | {"text's keys and values": (context, _name(rolled.cache.keys)), "rollout": (rest, "mixed")},
-        "teacher": cache | {"teacher's forward": (ledger.cost(judge)[2], "mixed")},
-        "replay": cache | _trained(ledger, "replayed chunk", model, train, again),
-        "critic": _trained(ledger, "critic's", task.critic, train, lambda: task.critic(x, torch.empty(len(x)), text)),
+        "rollout": cache | {"text's keys and values": (context, kind), "rollout's working set": (rest, "mixed")},
+        "teacher": cache | {"scores' working set": (scored, "mixed")},
+        "replay": cache | replayed,
+        "critic": learning | (cache if task.rollout.segments > 1 else {}),  # the video goes on
     }
     return Forecast(always, moments, {name: train.batch_size * flops for name, flops in _dmd_flops(task).items()})
 
@@ -234,10 +244,13 @@ def _dmd_flops(task: DmdTask) -> dict[str, float]:
     x, teacher = torch.empty(student.shape), task.teacher or task.critic
     evaluations = steps if task.rollout.exit_policy == "last" else (steps + 1) / 2
     frames, end, rolled, replayed = sum(student.pattern), 0, 0.0, 0.0
+    clean = task.rollout.context.kind == "clean"
     for size in student.pattern * segments:
         start, end = end, end + size
         work = (student.model.config, size * frame, size * end * frame**2, task.text.shape[1])
-        rolled += (evaluations + (end < frames * segments)) * forward_flops(*work, text_cached=True) / segments
+        rolled += (
+            (evaluations + (clean and end < frames * segments)) * forward_flops(*work, text_cached=True) / segments
+        )
         replayed += 3 * forward_flops(*work) * (start % frames >= frames - student.shape[1]) / segments
     judged, taught = (_clip_flops(m, bidirectional(student.shape[1]), x, task.text) for m in (task.critic, teacher))
     return {
@@ -259,7 +272,7 @@ def _last_chunk(task: DmdTask, text: Tensor) -> tuple[Rollout, int]:
             decoder.cache.commit(decoder.cache.clean(frames, frames * decoder.tokens_per_frame))
         noise = torch.empty(len(text), student.shape[0], last, *size)
         rolled = roll_out(decoder, noise, student.grid, lambda _: noise, (last,), (0,), goes_on=True)
-    return rolled, sum(tensor.nbytes for pair in decoder.context.blocks for tensor in pair)
+    return rolled, sum(tensor.nbytes for pair in decoder.text.blocks for tensor in pair)
 
 
 def _trained(

@@ -18,8 +18,8 @@ from torch import Tensor
 from reelforge.engine.core import rng
 from reelforge.engine.flow.sampler import few_step_state, predict_x0, timesteps
 from reelforge.engine.flow.schedule import Grid
-from reelforge.engine.model.generation import ChunkDecoder, Renoise, frames_of
-from reelforge.engine.model.kv_cache import KVCache
+from reelforge.engine.model.generation import CLEAN, ChunkDecoder, Renoise, frames_of
+from reelforge.engine.model.kv_cache import ContextConfig, KVCache
 from reelforge.engine.model.wan import WanTransformer
 
 ExitPolicy = Literal["random", "cycle", "per_chunk", "last"]
@@ -80,7 +80,7 @@ def roll_out(
     renoise: Renoise,
     pattern: Sequence[int],
     exits: Sequence[int],
-    context_noise: float = 0.0,
+    context: ContextConfig = CLEAN,
     goes_on: bool = False,
 ) -> Rollout:
     """Decode the next ``sum(pattern)`` latent frames of a batch of videos.
@@ -92,7 +92,7 @@ def roll_out(
         renoise: fresh noise ``[B,C,T,H,W]`` after step k; k = N - 1 is the context's.
         pattern: latent frames of each chunk.
         exits: exit step of each chunk.
-        context_noise: sigma of the pass that writes keys and values.
+        context: what a finished chunk leaves for the next ones.
         goes_on: commit the last chunk too, for a later call that continues the videos.
     """
     parts: list[Tensor] = []
@@ -106,9 +106,8 @@ def roll_out(
         parts.append(x0)
         start += frames
         if goes_on or start < sum(pattern):
-            if context_noise:
-                x0 = torch.lerp(x0, renoise(grid.num_steps - 1)[:, :, span].to(x0), context_noise)
-            decoder.commit(x0, context_noise)
+            noisy = frames_of(renoise, span)(grid.num_steps - 1) if context.noise else None
+            decoder.commit(x0, context, noisy)
     return Rollout(torch.cat(parts, dim=2), tuple(states), decoder.cache)
 
 

@@ -22,7 +22,8 @@ from reelforge.engine.distill.self_forcing import ExitPolicy, Rollout, exit_step
 from reelforge.engine.distill.turns import Turns
 from reelforge.engine.flow.sampler import guided, initial_noise, step_keys
 from reelforge.engine.flow.schedule import FlowSchedule, Grid
-from reelforge.engine.model.generation import ChunkDecoder, Guidance, half_precision
+from reelforge.engine.model.generation import CLEAN, ChunkDecoder, Guidance, half_precision
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.lora import adapters_off
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.train.flow_loss import draw_noise, flow_losses
@@ -38,19 +39,17 @@ class RolloutConfig:
 
     Attributes:
         exit_policy: at which of its steps a chunk's sample is taken, see :func:`exit_steps`.
-        context_noise: sigma of the pass that writes a finished chunk's keys and values.
+        context: what a finished chunk leaves for the next ones; ``generate`` does likewise.
         frames: latent frames of a rollout; 0 is the clip's. Of a longer one the newest clip is judged and trained.
         segments: rollouts that continue the same videos, one after the other, before new ones begin (long tuning).
     """
 
     exit_policy: ExitPolicy = "random"
-    context_noise: float = 0.0
+    context: ContextConfig = CLEAN
     frames: int = 0
     segments: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.context_noise < 1:
-            raise ConfigError(f"context_noise is {self.context_noise}.", "It is a sigma in [0, 1); 0 is clean.")
         if self.frames < 0 or self.segments < 1:
             raise ConfigError(
                 f"rollout.frames is {self.frames} and segments {self.segments}.", "Frames are 0 or more, segments 1."
@@ -180,10 +179,10 @@ class DmdTask:
                 )
             else:  # the weights may have moved since the video began
                 with torch.no_grad():
-                    self._decoder.context = student.model.text_context(text)
+                    self._decoder.text = student.model.text_context(text)
             rolled = roll_out(
                 self._decoder, noise, student.grid, lambda k: rng.normal(keys[k], shape), student.pattern, exits,
-                how.context_noise, goes_on=segment + 1 < how.segments,
+                how.context, goes_on=segment + 1 < how.segments,
             )  # fmt: skip
         if segment + 1 == how.segments:
             self._decoder = None

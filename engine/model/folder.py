@@ -21,6 +21,7 @@ from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.io.model_files import read_json, write_json
 from reelforge.engine.model.codec import ReelforgeCodec
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.text import SeededTextEncoder, Umt5TextEncoder
 from reelforge.engine.model.vae_diffusers import DiffusersWanVae
 from reelforge.engine.model.wan import WanTransformer
@@ -61,6 +62,7 @@ class GenerationDefaults:
         chunk_frames: latent frames a chunk of a causal model; 0 makes all frames at once.
         first_chunk_frames: 0 is ``chunk_frames``.
         denoising_steps: a few-step student's timesteps; empty is the ODE.
+        context: what a finished chunk leaves for the chunks after it.
     """
 
     video: VideoSpec = VideoSpec(81, 480, 832, 16.0)
@@ -71,6 +73,7 @@ class GenerationDefaults:
     chunk_frames: int = 0
     first_chunk_frames: int = 0
     denoising_steps: tuple[float, ...] = ()
+    context: ContextConfig = ContextConfig()
 
 
 @dataclass(frozen=True)

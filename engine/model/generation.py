@@ -15,9 +15,10 @@ from reelforge.engine.core.types import Velocity, VideoCodec, VideoSpec
 from reelforge.engine.flow.sampler import OnStep, guided, sample_few_step, sample_ode
 from reelforge.engine.flow.schedule import TIMESTEPS, Grid
 from reelforge.engine.flow.solver import SolverName
-from reelforge.engine.model.kv_cache import ChunkPass
+from reelforge.engine.model.kv_cache import ChunkPass, ContextConfig
 from reelforge.engine.model.wan import TextContext, WanTransformer
 
+CLEAN = ContextConfig()
 Renoise = Callable[[int], Tensor]  # fresh noise [B, C, T, H, W] after step k
 
 
@@ -96,6 +97,7 @@ def sample_chunks(
     pattern: Sequence[int],
     renoise: Renoise | None = None,
     on_step: OnStep | None = None,
+    context: ContextConfig = CLEAN,
 ) -> Tensor:
     """Chunk by chunk against a KV cache: denoise a chunk, then write its clean keys and values, then the next.
 
@@ -103,11 +105,13 @@ def sample_chunks(
         noise: ``[B, C, T, H, W]`` fp32 with T = sum(pattern).
         grid: of one chunk; a few-step grid with ``renoise``, or the ODE's (Euler) without.
         pattern: latent frames of each chunk.
-        renoise: fresh noise ``[B, C, T, H, W]`` after step k of the few-step sampler.
+        renoise: fresh noise ``[B, C, T, H, W]`` after step k of the few-step sampler; k = N - 1 is the context's.
+        context: what a finished chunk leaves for the next ones; its noise needs ``renoise``.
 
     Returns:
         x0 ``[B, C, T, H, W]`` fp32.
     """
+    assert renoise is not None or not context.noise, "the context's noise needs renoise"
     decoder = ChunkDecoder(model, guidance, max(pattern), sum(pattern), noise.shape[-2:])
     chunks: list[Tensor] = []
     for frames in pattern:
@@ -118,7 +122,8 @@ def sample_chunks(
             x0 = sample_few_step(velocity, noise[:, :, span], grid, frames_of(renoise, span), on_step)
         chunks.append(x0)
         if len(chunks) < len(pattern):
-            decoder.commit(x0)
+            fresh = renoise(grid.num_steps - 1)[:, :, span] if renoise is not None and context.noise else None
+            decoder.commit(x0, context, fresh)
     return torch.cat(chunks, dim=2)
 
 
@@ -140,7 +145,7 @@ class ChunkDecoder:
         self.cache = model.new_cache(len(guidance.rows), chunk_frames, max_frames, *size)
         self.tokens_per_frame = model.tokens_per_frame(*size)
         with torch.no_grad():
-            self.context = model.text_context(guidance.rows)
+            self.text = model.text_context(guidance.rows)
 
     def span(self, frames: int) -> slice:
         """Latent frames of the next chunk."""
@@ -149,21 +154,27 @@ class ChunkDecoder:
     def velocity(self, frames: int) -> Velocity:
         """Guided, of the next chunk at any step, without trace in the committed part of the cache."""
         chunk = self.cache.denoising(frames, frames * self.tokens_per_frame)
-        return _velocity(self.model, self.guidance, self.context, chunk)
+        return _velocity(self.model, self.guidance, self.text, chunk)
 
     @torch.no_grad()
-    def commit(self, x0: Tensor, sigma: float = 0.0) -> None:
-        """Write a finished chunk's keys and values.
+    def commit(self, x0: Tensor, context: ContextConfig = CLEAN, noise: Tensor | None = None) -> None:
+        """Make a finished chunk visible to the next ones.
 
         Args:
-            x0: ``[B, C, frames, H, W]``, noised to ``sigma`` if that is not 0.
-            sigma: what the network is told of it.
+            x0: ``[B, C, frames, H, W]``.
+            context: what they see of it.
+            noise: standard normal, like ``x0``; needed for a noisy context alone.
         """
         frames = x0.shape[2]
-        clean = self.cache.clean(frames, frames * self.tokens_per_frame)
-        rows = len(self.guidance.rows)
-        timestep = torch.full((rows,), TIMESTEPS * sigma, device=x0.device)
-        self.model(x0.repeat(rows // len(x0), 1, 1, 1, 1), timestep, self.context, chunk=clean)
+        tokens = frames * self.tokens_per_frame
+        if context.kind == "last_step":
+            self.cache.keep(frames, tokens)
+            return
+        if noise is not None:
+            x0 = torch.lerp(x0, noise.to(x0), context.noise)
+        clean, rows = self.cache.clean(frames, tokens), len(self.guidance.rows)
+        timestep = torch.full((rows,), TIMESTEPS * context.noise, device=x0.device)
+        self.model(x0.repeat(rows // len(x0), 1, 1, 1, 1), timestep, self.text, chunk=clean)
         self.cache.commit(clean)
 
 

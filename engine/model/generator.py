@@ -19,6 +19,7 @@ from reelforge.engine.flow.schedule import FlowSchedule, Grid
 from reelforge.engine.flow.solver import SolverName
 from reelforge.engine.model import generation
 from reelforge.engine.model.folder import GenerationDefaults, ModelFolder
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.layout import chunk_pattern
 from reelforge.kernels.frames import to_uint8
 
@@ -38,6 +39,7 @@ class GenerateConfig:
             Euler steps or by ``denoising_steps``.
         first_chunk_frames: 0 is ``chunk_frames``.
         denoising_steps: a few-step student's timesteps, e.g. [1000, 750, 500, 250]; empty is the ODE.
+        context: what a finished chunk leaves for the next ones; its noise needs ``denoising_steps``.
         samples: videos per prompt.
         batch_size: videos a forward.
         device: ``auto`` takes the GPU if there is one.
@@ -53,6 +55,7 @@ class GenerateConfig:
     chunk_frames: int = 0
     first_chunk_frames: int = 0
     denoising_steps: tuple[float, ...] = ()
+    context: ContextConfig = ContextConfig()
     samples: int = 1
     batch_size: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -92,19 +95,26 @@ class Generator:
             self.pattern = chunk_pattern(self.shape[1], config.chunk_frames, config.first_chunk_frames or None)
         elif config.denoising_steps:
             raise ConfigError("denoising_steps is set and chunk_frames is 0.", "Set chunk_frames, e.g. to 3.")
+        if config.context.noise and not config.denoising_steps:
+            raise ConfigError(f"context.noise is {config.context.noise} without denoising_steps.", "Set it to 0.")
 
     @property
     def num_evaluations(self) -> int:
         """Network evaluations a video, guidance counted twice, clean passes included."""
-        steps = self.grid.num_steps * max(1, len(self.pattern)) + max(0, len(self.pattern) - 1)
+        steps = self.grid.num_steps * max(1, len(self.pattern)) + len(self._written)
         return steps * (1 if self.config.guidance_scale == 1.0 else 2)
 
     @property
     def token_forwards(self) -> int:
         """Tokens through the network a video, whatever the size of a forward: what models of any pattern compare by."""
         frames, tokens = self.shape[1], self.folder.transformer.tokens_per_frame(*self.shape[2:])
-        written = sum(self.pattern[:-1])
-        return (self.grid.num_steps * frames + written) * tokens * (1 if self.config.guidance_scale == 1.0 else 2)
+        branches = 1 if self.config.guidance_scale == 1.0 else 2
+        return (self.grid.num_steps * frames + sum(self._written)) * tokens * branches
+
+    @property
+    def _written(self) -> tuple[int, ...]:
+        """Latent frames of each chunk that a pass of its own writes for the next ones."""
+        return self.pattern[:-1] if self.config.context.kind == "clean" else ()
 
     @property
     def grid(self) -> Grid:
@@ -123,7 +133,9 @@ class Generator:
             if not self.pattern:
                 return generation.sample_latents(model, guidance, noise, self.grid, self.config.solver, on_step)
             renoise = self._renoise(ids, members, device) if self.config.denoising_steps else None
-            return generation.sample_chunks(model, guidance, noise, self.grid, self.pattern, renoise, on_step)
+            return generation.sample_chunks(
+                model, guidance, noise, self.grid, self.pattern, renoise, on_step, self.config.context
+            )
 
     def _renoise(self, ids: list[int], members: list[int], device: torch.device) -> Callable[[int], Tensor]:
         keys = step_keys(self.seed, ids, members, self.grid.num_steps, device=device)

@@ -12,6 +12,7 @@ from reelforge.engine.distill import trainer
 from reelforge.engine.distill.dmd import DmdConfig, dmd_losses
 from reelforge.engine.distill.self_forcing import Rollout, replay, roll_out
 from reelforge.engine.distill.trainer import REPLAY_TOLERANCE, DmdTask, RolloutConfig, Student
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.train.loop import LoopConfig
 
@@ -72,7 +73,10 @@ def test_the_chunks_add_up_to_the_judged_clip(pattern: tuple[int, ...], judged: 
     assert (gradient - wanted).norm() < 1e-5 * wanted.norm()
 
 
-@pytest.mark.parametrize("rollout", [RolloutConfig("random"), RolloutConfig("per_chunk", context_noise=0.1)], ids=str)
+NOISY = ContextConfig(noise=0.1)
+
+
+@pytest.mark.parametrize("rollout", [RolloutConfig("random"), RolloutConfig("per_chunk", context=NOISY)], ids=str)
 def test_the_gradient_does_not_depend_on_the_micro_batch(rollout: RolloutConfig) -> None:
     (whole, gradient), (split, same) = (
         backward(make_task(tiny_causal(), rows=rows, rollout=rollout)) for rows in (2, 1)

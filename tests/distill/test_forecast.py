@@ -17,6 +17,7 @@ from reelforge.engine.distill.trainer import DmdTask, RolloutConfig, Student
 from reelforge.engine.distill.turns import Turns
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model.generation import ChunkDecoder, Guidance, half_precision
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.lora import LoraConfig, inject
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.wan_config import WanConfig
@@ -48,6 +49,7 @@ def forecast(checkpointing: bool = False, device: str = "cpu", rows: int = 1, **
         models = [network(config) for config in (MINIATURE, MINIATURE, LARGE)]
         for model in models:
             model.gradient_checkpointing = checkpointing
+        models[2].requires_grad_(False)
         text = torch.empty(rows + 1, WORDS, MINIATURE.text_dim)
         return price_dmd(ledger, task(*models, text, micro_batch_size=rows, **train), KEPT, NONE)
 
@@ -121,8 +123,23 @@ def test_activations_are_what_autograd_saves(precision: str, checkpointing: bool
         # Checkpointing also holds tensors in closures, which no hook of autograd's sees.
         real = [ledger.cost(call)[1] if checkpointing else saved_bytes(call, model) for call in (replayed, criticised)]
     assert found.moments["replay"]["KV cache"][0] == decoder.cache.num_bytes
-    assert part(found, "replay", "replayed chunk activations") == pytest.approx(real[0], rel=0.03)
+    replayed = found.moments["replay"]
+    copies = replayed.get("copies of its past", (0, ""))[0]
+    assert copies == (0 if checkpointing else 2 * 2 * 3 * 96 * 128 * {"bf16": 2, "fp32": 4}[precision])
+    assert replayed["replayed chunk activations"][0] + copies == pytest.approx(real[0], rel=0.03)
     assert part(found, "critic", "critic's activations") == pytest.approx(real[1], rel=0.03)
+
+
+def test_a_video_that_goes_on_keeps_its_cache() -> None:
+    with simulated("cpu") as ledger:
+        models = [network(MINIATURE) for _ in range(3)]
+        made = task(*models, torch.empty(2, WORDS, 64))
+        made.rollout = RolloutConfig("last", segments=3)
+        found = price_dmd(ledger, made, KEPT, NONE)
+    once = forecast()
+    frame = once.moments["rollout"]["KV cache"][0] / 5
+    assert found.moments["critic"]["KV cache"][0] == 13 * frame, "12 frames and the scratch slot"
+    assert "KV cache" not in once.moments["critic"]
 
 
 def test_checkpointing_trades_activations_for_little() -> None:
@@ -215,3 +232,13 @@ def test_a_cycles_flops_by_hand() -> None:
         "replay": 3 * sum(chunk(MINIATURE, n) for n in range(4)),
         "critic": 4 * whole[2],
     })  # fmt: skip
+
+
+def test_without_a_clean_pass_a_rollout_is_its_steps() -> None:
+    with simulated("cpu") as ledger:
+        models = [network(MINIATURE) for _ in range(3)]
+        made = task(*models, torch.empty(2, WORDS, 64))
+        made.rollout = RolloutConfig("last", ContextConfig("last_step"))
+        found = price_dmd(ledger, made, KEPT, NONE).flops["rollout"]
+    steps = sum(2 * forward_flops(MINIATURE, 96, 96 * 96 * (n + 1), WORDS, text_cached=True) for n in range(4))
+    assert found == pytest.approx(2 * steps)

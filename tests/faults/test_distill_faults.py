@@ -325,7 +325,7 @@ BAD = {
         {"chunk_frames": 2, "first_chunk_frames": 1, "self_forcing__rollout__frames": 5},
         "The newest 3 of 5 latent frames do not begin with a chunk ([1, 2, 2])", "without first_chunk_frames"),
     "a bidirectional student in segments": (
-        {"few_step": DMD | {"rollout": {"context_noise": 0.1}}}, "few_step.rollout sets", "in one piece"),
+        {"few_step": DMD | {"rollout": {"context": {"noise": 0.1}}}}, "few_step.rollout sets", "in one piece"),
     "a critic beside an adapted one": (
         {"critic": "{teacher}", "self_forcing__critic_lora": LORA}, "critic is set beside critic_lora", "leave out"),
     "a cache for regression": ({"causal_init__cache": "somewhere"}, "causal_init.cache is set", "another method"),
@@ -335,7 +335,7 @@ BAD = {
     "an unknown key": ({"self_forcing__rollout__exits": 4}, "'self_forcing.rollout.exits'", "exit_policy"),
     "no such prompts": ({"prompts": "nowhere.txt"}, "Prompts nowhere.txt cannot be read", "one prompt a line"),
     "guidance below none": ({"self_forcing__dmd__teacher_guidance": 0.5}, "teacher_guidance is 0.5", "1 is none"),
-    "nothing but noise": ({"self_forcing__rollout__context_noise": 1.0}, "context_noise is 1.0", "0 is clean"),
+    "nothing but noise": ({"self_forcing__rollout__context": {"noise": 1.0}}, "context.noise is 1.0", "0 is clean"),
     "a target that no linear has": (
         {"self_forcing__lora": LORA | {"targets": ["to_x"]}}, "LoRA target 'to_x' names no linear", "Allowed"),
     "a critic's target that no linear has": (

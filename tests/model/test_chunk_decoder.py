@@ -1,9 +1,11 @@
 """Videos that grow chunk by chunk: where a chunk goes, what trying one leaves behind, and the cache as it was."""
 
+import pytest
 import torch
 from tiny_causal import SIZE, TOKENS, latents, shake, texts, tiny_causal
 
 from reelforge.engine.model.generation import ChunkDecoder, Guidance
+from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.layout import packed_teacher_forcing
 
 TOLD = torch.tensor([800.0, 130.0])
@@ -58,12 +60,12 @@ def test_guidance_caches_both_prompts_pasts() -> None:
 
 @torch.no_grad()
 def test_a_noisy_past_is_told_to_be_noisy() -> None:
-    """What is committed at sigma is what a forward at 1000 sigma writes."""
-    net, past, now = tiny_causal(), latents(2), latents(2, 1)
+    """What is committed at sigma is what a forward over the noised chunk at 1000 sigma writes."""
+    net, past, noise, now = tiny_causal(), latents(2), latents(2, 2), latents(2, 1)
     growing, plain = decoder(net), decoder(net)
-    growing.commit(past, 0.15)
+    growing.commit(past, ContextConfig(noise=0.15), noise)
     chunk = plain.cache.clean(2, 2 * TOKENS)
-    net(past, torch.full((2,), 150.0), texts(2), chunk=chunk)
+    net(torch.lerp(past, noise, 0.15), torch.full((2,), 150.0), texts(2), chunk=chunk)
     plain.cache.commit(chunk)
     assert torch.equal(growing.velocity(2)(now, TOLD), plain.velocity(2)(now, TOLD))
     clean = decoder(net)
@@ -72,14 +74,32 @@ def test_a_noisy_past_is_told_to_be_noisy() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_kept_last_step_is_what_that_step_computed(scale: float) -> None:
+    """No pass over the finished chunk: the next one sees the keys and values of the last state that was denoised."""
+    net, state, now = tiny_causal(), latents(1), latents(2, 1)
+    growing, plain = decoder(net, scale), decoder(net, scale)
+    for number in (7, 8):
+        growing.velocity(1)(latents(1, number), TOLD)
+    growing.velocity(1)(state, TOLD)
+    growing.commit(latents(1, 9), ContextConfig("last_step"))
+    chunk = plain.cache.clean(1, TOKENS)
+    rows = len(plain.guidance.rows) // 2
+    net(state.repeat(rows, 1, 1, 1, 1), TOLD.repeat(rows), plain.text, chunk=chunk)
+    plain.cache.commit(chunk)
+    assert growing.cache.slots == plain.cache.slots
+    assert torch.equal(growing.velocity(2)(now, TOLD), plain.velocity(2)(now, TOLD))
+
+
+@torch.no_grad()
 def test_the_prompts_are_read_once() -> None:
     """Weights that change later change the chunks, not the prompts' keys and values."""
     net = tiny_causal()
     growing = decoder(net)
-    before = [tensor.clone() for block in growing.context.blocks for tensor in block]
+    before = [tensor.clone() for block in growing.text.blocks for tensor in block]
     shake(net, 0.1)
     growing.velocity(2)(latents(2), TOLD)
-    after = [tensor for block in growing.context.blocks for tensor in block]
+    after = [tensor for block in growing.text.blocks for tensor in block]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
@@ -95,7 +115,7 @@ def test_an_earlier_cache_is_the_same_buffers_with_fewer_chunks() -> None:
         assert len(earlier.slots) == number and earlier.next_frame == (0, 2, 3)[number]
         assert earlier.keys.data_ptr() == growing.cache.keys.data_ptr()
         chunk = earlier.denoising(frames, frames * TOKENS)
-        again = net(latents(frames, 10 + number), TOLD, growing.context, chunk=chunk)
+        again = net(latents(frames, 10 + number), TOLD, growing.text, chunk=chunk)
         assert torch.equal(again, velocities[number])
     earlier.slots.clear()
     assert len(growing.cache.slots) == 3
