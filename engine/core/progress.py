@@ -46,11 +46,11 @@ def _lines(items: Iterable[T], label: str, total: int, done: int) -> Iterator[T]
         now = time.monotonic()
         if now - last >= _PLAIN_INTERVAL_S or done + count == total:
             left_s = (now - start) / count * (total - done - count)
-            console.print(f"{label}: {done + count}/{total}, {left_s:.0f} s left")
+            say(f"{label}: {done + count}/{total}, {left_s:.0f} s left")
             last = now
 
 
 def say(message: str) -> None:
     """One line for the person at the terminal (stderr)."""
     if settings().rank == 0:
-        console.print(message, soft_wrap=True)
+        console.print(message, soft_wrap=True, markup=False)  # brackets are tables of a recipe

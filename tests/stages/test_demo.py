@@ -15,8 +15,11 @@ from reelforge.engine.data.toy_world import captions, scenes
 from reelforge.engine.io.video import read_video
 from reelforge.engine.judge import results
 from reelforge.engine.judge.evaluation import held_out_prompts
+from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages.cli import main
 from reelforge.stages.demo import load_config
+
+TEACHER = "rlhf, guidance 1.25"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,14 @@ def test_a_stopped_demo_went_on_where_it_was(demo: Path) -> None:
         assert [line["step"] for line in lines] == list(range(every, budget.train.steps + 1, every))
 
 
+def test_the_student_is_causal_and_generates_by_its_folder(demo: Path, tmp_path: Path) -> None:
+    folder = demo / "student/model"
+    defaults = load_generation_defaults(folder)
+    assert (defaults.chunk_frames, defaults.guidance_scale, defaults.context.kind) == (1, 1.0, "last_step")
+    assert main(["generate", str(folder), "--prompt", "a red circle moving up", "--out", str(tmp_path)]) == 0
+    assert read_video(next(tmp_path.glob("*.mp4"))).frames.shape == (17, 32, 32, 3)
+
+
 def test_the_loss_falls(demo: Path) -> None:
     validation = [r["validation_loss"] for r in read_jsonl(demo / "base/metrics.jsonl") if "validation_loss" in r]
     training = [r["loss"] for r in read_jsonl(demo / "base/metrics.jsonl") if "loss" in r]
@@ -54,11 +65,16 @@ def test_the_loss_falls(demo: Path) -> None:
 
 def test_results_hold_every_stage_and_the_truth(demo: Path) -> None:
     found = results.read(demo / "results.json")
-    assert [stage.name for stage in found.stages] == ["base", "sft", "sft, guidance 2", "rlhf"]
-    base, tuned, guided, aligned = found.stages
+    assert [stage.name for stage in found.stages] == ["base", "sft", "sft, guidance 2", "rlhf", TEACHER, "student"]
+    base, tuned, guided, aligned, teacher, student = found.stages
     assert base.gsb == () and tuned.gsb[0].reference == "base"
     assert [vote.reference for vote in aligned.gsb] == ["sft", "sft, guidance 2"]
     assert aligned.seconds_train and aligned.steps == 4 and guided.seconds_train is None
+    assert [vote.reference for vote in student.gsb] == [TEACHER, "rlhf"] and teacher.seconds_train is None
+    assert student.seconds_train and student.steps == 10
+    # 5 frames of 16 tokens: six steps of the teacher under guidance, two of the student, whose past costs no pass.
+    assert (teacher.token_forwards, student.token_forwards) == (2 * 6 * 80, 2 * 80)
+    assert "of the way from clean clips of other prompts" in student.note and " ms" in student.note
     vote = tuned.gsb[0]
     assert vote.good + vote.same + vote.bad == found.clips == 48 and found.prompts == 48
     assert base.nfe == tuned.nfe == aligned.nfe == 6 and guided.nfe == 12 and base.seconds_per_video > 0
