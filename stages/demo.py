@@ -231,9 +231,9 @@ class Demo:
 
     @property
     def _teaching(self) -> float:
-        """The guidance under which the aligned model teaches."""
-        phase = self.config.distill.self_forcing
-        return phase.dmd.teacher_guidance if phase else 1.0
+        """The guidance of the samples that the student starts from: the aligned model at its best."""
+        phase = self.config.distill.causal_init
+        return (phase.pairs.guidance_scale if phase else None) or self.config.sampling.guidance_scale
 
     def _distill(self, teacher: Path) -> DistillResult:
         """Run the distillation driver on the prompts of RLHF."""

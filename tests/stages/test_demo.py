@@ -19,7 +19,7 @@ from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages.cli import main
 from reelforge.stages.demo import load_config
 
-TEACHER = "rlhf, guidance 1.25"
+TEACHER = "rlhf, guidance 1.5"
 
 
 @pytest.fixture(scope="module")
