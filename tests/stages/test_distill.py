@@ -369,7 +369,7 @@ def test_a_video_that_goes_on_is_rolled_out_with_the_weights_of_now(teacher, tmp
     assert len(gaps) == 3 and max(gaps) < 1e-5
 
 
-@pytest.mark.parametrize("critic_steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("critic_steps", [1, 5])
 def test_both_networks_meet_every_exit_of_a_cycle(teacher, tmp_path, monkeypatch, critic_steps):
     """By the run's steps, critic and student would each meet their own two of four exits only."""
     seen: dict[bool, list[int]] = {True: [], False: []}
