@@ -85,7 +85,7 @@ def test_arms_are_distilled_and_judged_once(tmp_path: Path, demo, recipe, few, m
 
 
 def _written(outcome: dict) -> int:
-    """Tokens of the clean passes, two of the tiny clip's three chunks: the initialisation alone is sampled with them."""
+    """Tokens of the clean passes over two of the tiny clip's three chunks: the initialisation alone takes them."""
     return outcome["verdict"]["token_forwards"] * 2 // (2 * 3 + 2)
 
 
