@@ -187,9 +187,14 @@ def _critic_and_teacher(
     critic = load_for_training(folder, phase.critic_lora, phase.train, config.gradient_checkpointing, device)
     if phase.critic_lora:
         return critic, None
-    half = phase.train.precision == "bf16" and device.type == "cuda"  # a CPU multiplies fp32 weights under autocast
-    teacher = load_transformer(config.teacher / "transformer", torch.bfloat16 if half else None, device)
-    return critic, teacher.requires_grad_(False)
+    return critic, _frozen(config.teacher, phase.train, device)
+
+
+def _frozen(folder: Path, train: LoopConfig, device: torch.device) -> WanTransformer:
+    """A model that only answers; bf16 on a GPU if the run is, while a CPU multiplies fp32 weights under autocast."""
+    half = train.precision == "bf16" and device.type == "cuda"
+    model = load_transformer(folder / "transformer", torch.bfloat16 if half else None, device)
+    return model.requires_grad_(False)
 
 
 def _trained(model: WanTransformer) -> dict[str, torch.nn.Parameter]:
@@ -203,7 +208,7 @@ def _causal_init(
     state = TrainState(_trained(model), phase.optimizer, phase.train.steps)
     teacher = None
     if phase.init.method == "consistency":
-        teacher = load_transformer((phase.teacher or before) / "transformer", None, setup.device).requires_grad_(False)
+        teacher = _frozen(phase.teacher or before, phase.train, setup.device)
     task = InitTask(
         model, state.ema.applied, teacher, source, phase.init, setup.schedule, setup.grid, setup.pattern, phase.train
     )
@@ -233,14 +238,15 @@ def _pairs(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) 
         "precision": phase.train.precision,
     }  # fmt: skip
     grids = trajectory_grids(setup.schedule, config.denoising_steps, wanted.substeps)
-    teacher = load_transformer(config.teacher / "transformer", None, device)
+    teacher = _frozen(config.teacher, phase.train, device)
+    half = phase.train.precision == "bf16" and teacher.proj_out.weight.dtype == torch.float32
 
     @torch.no_grad()
     def make(pairs: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         prompts = [pair % len(setup.prompts.prompts) for pair in pairs]
         rows = text[[*prompts, -1]].to(device)
         noise = initial_noise(seed, [setup.prompts.ids[p] for p in prompts], pairs, setup.shape, device=device)
-        with half_precision(device, phase.train.precision == "bf16"):
+        with half_precision(device, half):
             velocity = guided(teacher, rows[:-1], rows[-1:].expand(len(pairs), -1, -1), scale)
             states = trajectory(velocity, noise, grids, wanted.solver)
         return states, [{"prompt": setup.prompts.prompts[prompt]} for prompt in prompts]

@@ -173,11 +173,15 @@ def test_a_bidirectional_few_step_student(teacher, tmp_path):
     assert shown[5].read_bytes() == clip(folder, PROMPTS[5], tmp_path / "clip.mp4", "precision=fp32")
 
 
-def test_a_first_chunk_of_its_own(teacher, tmp_path):
-    config = config_of(tmp_path, teacher, chunk_frames=2, first_chunk_frames=1, self_forcing=DMD)
+@pytest.mark.parametrize("context", [{"kind": "clean"}, {"kind": "last_step"}, {"noise": 0.25}], ids=str)
+def test_a_first_chunk_of_its_own_and_what_it_leaves_for_the_next(teacher, tmp_path, context):
+    phase = DMD | {"rollout": {"context": context}}
+    config = config_of(tmp_path, teacher, chunk_frames=2, first_chunk_frames=1, self_forcing=phase)
     folder = distill.run(config).model
     defaults = load_generation_defaults(folder)
     assert (defaults.chunk_frames, defaults.first_chunk_frames) == (2, 1)
+    assert defaults.context == config.self_forcing.rollout.context
+    assert all(line["replay_gap"] < 1e-5 for line in lines(config.output / "self_forcing", "replay_gap"))
     shown = config.output / "self_forcing/samples/step-00000006/00.mp4"
     assert shown.read_bytes() == clip(folder, PROMPTS[0], tmp_path / "clip.mp4", "precision=fp32")
 
