@@ -30,7 +30,7 @@ class DmdPhase:
         rollout: of the student.
         train: length and rhythm; ``steps`` are optimizer steps of critic and student together.
         optimizer: the student's.
-        critic_optimizer: the critic's.
+        critic_optimizer: the critic's; nobody samples the critic, so it has no average whatever ``ema_decay`` says.
         lora: train an adapter of the student, which is merged in at the end; none trains all weights.
         critic_lora: the critic is the teacher with an adapter, sharing its weights; none is a copy, all of it trained.
     """
@@ -39,9 +39,14 @@ class DmdPhase:
     rollout: RolloutConfig = RolloutConfig()
     train: LoopConfig = LoopConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    critic_optimizer: OptimizerConfig = OptimizerConfig(ema_decay=0.0)
+    critic_optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig | None = None
     critic_lora: LoraConfig | None = None
+
+    @property
+    def critics(self) -> OptimizerConfig:
+        """The critic's optimizer, without an average."""
+        return dataclasses.replace(self.critic_optimizer, ema_decay=0.0)
 
     def __post_init__(self) -> None:
         below, above = steps_in_cycles(self.train.steps, self.dmd.critic_steps)

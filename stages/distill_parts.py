@@ -170,7 +170,7 @@ def _dmd(
     mine, others = Turns.share(phase.train.steps, phase.dmd.critic_steps)
     state = Turns(
         TrainState(_trained(model), phase.optimizer, mine),
-        TrainState(_trained(critic), phase.critic_optimizer, others),
+        TrainState(_trained(critic), phase.critics, others),
         phase.dmd.critic_steps,
     )
     sample = _sampler(model, setup, pattern, phase.train, context=phase.rollout.context)

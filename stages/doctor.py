@@ -110,7 +110,7 @@ def _price(
     teacher = None if phase.critic_lora else load(config.teacher, frozen=True).requires_grad_(False)
     rolled, ids = Student(student, grid, chunks, shape), range(len(text) - 1)
     task = DmdTask(rolled, critic, teacher, text, ids, phase.dmd, phase.rollout, schedule, train)
-    return price_dmd(ledger, task, phase.optimizer, phase.critic_optimizer)
+    return price_dmd(ledger, task, phase.optimizer, phase.critics)
 
 
 def print_plan(recipe: Path, overrides: list[str], memory: float | None = None) -> int:

@@ -5,6 +5,7 @@ Nothing here pickles: only tensors travel.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     if settings().world_size == 1 or _active():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Ranks wait while rank 0 embeds prompts, or for the one with the most trajectories to make: longer than 10 minutes.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
     try:
         yield
     finally:

@@ -47,6 +47,11 @@ class CausalInitConfig:
     def __post_init__(self) -> None:
         if self.levels < 2:
             raise ConfigError(f"causal_init.levels is {self.levels}.", "Consistency needs at least 2; 48 is usual.")
+        if self.teacher_guidance < 1:
+            raise ConfigError(
+                f"causal_init.teacher_guidance is {self.teacher_guidance}.",
+                "It is w of v_uncond + w (v_cond - v_uncond): 1 is none, 3 is usual.",
+            )
 
 
 def packed(model: Network, clean: Tensor, text: Tensor, pattern: Sequence[int]) -> PackedVelocity:

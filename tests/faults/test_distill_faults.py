@@ -335,6 +335,8 @@ BAD = {
     "an unknown key": ({"self_forcing__rollout__exits": 4}, "'self_forcing.rollout.exits'", "exit_policy"),
     "no such prompts": ({"prompts": "nowhere.txt"}, "Prompts nowhere.txt cannot be read", "one prompt a line"),
     "guidance below none": ({"self_forcing__dmd__teacher_guidance": 0.5}, "teacher_guidance is 0.5", "1 is none"),
+    "guidance in the other convention": (
+        {"causal_init__init": {"teacher_guidance": 0.5}}, "causal_init.teacher_guidance is 0.5", "v_uncond + w"),
     "nothing but noise": ({"self_forcing__rollout__context": {"noise": 1.0}}, "context.noise is 1.0", "0 is clean"),
     "a target that no linear has": (
         {"self_forcing__lora": LORA | {"targets": ["to_x"]}}, "LoRA target 'to_x' names no linear", "Allowed"),
