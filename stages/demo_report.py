@@ -40,10 +40,10 @@ from reelforge.engine.rewards import calibration
 _SHEET_ROWS, _FAILURES = 10, 6
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
-    "saw; a stage with a guidance is the one before it, sampled with that guidance at twice the cost. Intervals are "
-    "95 % bootstraps over prompts. Rewards (vq, mq, ta) are what rlhf trains on; votes come from measures that no "
-    "stage trains on and that share nothing with the rewards. The truth is clean renderings of the same scenes, "
-    "through the codec."
+    "saw; a stage with a guidance is the one before it, sampled with that guidance at twice the cost, and the student "
+    "decodes frame by frame in a few steps. Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what "
+    "rlhf trains on; votes come from measures that no stage trains on and that share nothing with the rewards. The "
+    "truth is clean renderings of the same scenes, through the codec."
 )
 
 
