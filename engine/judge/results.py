@@ -71,10 +71,10 @@ class StageResult:
     seconds_per_video: float
     seconds_train: float | None = None
     steps: int | None = None
-    token_forwards: int = 0
     gsb: tuple[Gsb, ...] = ()
     note: str = ""
     scores: Mapping[str, Score] = field(default_factory=dict)
+    token_forwards: int = 0
 
 
 @dataclass(frozen=True)

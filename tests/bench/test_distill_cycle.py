@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import make_model_folder
 from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("av")
+
+from tiny_model import make_model_folder
 
 from reelforge.bench import (
     distill_backward,

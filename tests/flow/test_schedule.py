@@ -8,7 +8,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("hypothesis")
 
 from diffusers import UniPCMultistepScheduler
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reelforge.engine.core import config
@@ -75,6 +75,7 @@ def test_unipc_flow_equals_diffusers(shift: float) -> None:
         torch.testing.assert_close(grid.sigmas.float(), scheduler.sigmas, rtol=0, atol=6e-8)
 
 
+@settings(deadline=None)
 @given(u=units, shift=shifts)
 def test_unshift_inverts_shift(u: float, shift: float) -> None:
     schedule = FlowSchedule("euler", shift)
@@ -83,6 +84,7 @@ def test_unshift_inverts_shift(u: float, shift: float) -> None:
     assert schedule.unshift(torch.tensor([u])).dtype == torch.float64
 
 
+@settings(deadline=None)
 @given(low=units, high=units, first=shifts, second=shifts)
 def test_shift_is_monotonic_and_composes(low: float, high: float, first: float, second: float) -> None:
     one, two, both = (FlowSchedule("euler", s) for s in (first, second, first * second))
@@ -90,6 +92,7 @@ def test_shift_is_monotonic_and_composes(low: float, high: float, first: float, 
     assert (one.shift(low) <= one.shift(high)) == (low <= high) or one.shift(low) == one.shift(high)
 
 
+@settings(deadline=None)
 @given(num_steps=st.integers(1, 200), shift=shifts, kind=st.sampled_from(["unipc_flow", "euler"]))
 def test_grid_falls_to_zero(num_steps: int, shift: float, kind: str) -> None:
     grid = config.build(FlowSchedule, {"kind": kind, "flow_shift": shift}).grid(num_steps)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reelforge.engine.core import rng
@@ -113,6 +113,7 @@ def test_flow_noise_rate_table() -> None:
     np.testing.assert_allclose(inverse, table, rtol=0, atol=5.1e-3)
 
 
+@settings(deadline=None)
 @given(
     num_steps=st.integers(3, 60),
     shift=st.floats(1.0, 12.0),
@@ -146,6 +147,7 @@ def test_equals_the_two_stage_score_form(kind: str, k: int) -> None:
     torch.testing.assert_close(sde.step(X, V, at, Z), expected, rtol=0, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(k=st.integers(0, 19), eta=st.floats(0.0, 1.0))
 def test_cps_keeps_the_noise_level(k: int, eta: float) -> None:
     sigma, following = GRID.sigmas[k], GRID.sigmas[k + 1]

@@ -114,11 +114,11 @@ def test_decoding_in_one_chunk_is_sampling_at_once(
     cached = maker.latents(jobs)
     if few:
 
-        def whole(model, guidance, noise, grid, pattern, renoise, on_step):
+        def whole(model, guidance, noise, grid, pattern, renoise, on_step, context):
             from reelforge.engine.flow.sampler import sample_few_step
 
-            context = model.text_context(guidance.rows)
-            return sample_few_step(generation._velocity(model, guidance, context), noise, grid, renoise)
+            text = model.text_context(guidance.rows)
+            return sample_few_step(generation._velocity(model, guidance, text), noise, grid, renoise)
 
         monkeypatch.setattr(generation, "sample_chunks", whole)
         expected = maker.latents(jobs)
