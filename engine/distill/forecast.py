@@ -127,11 +127,12 @@ class Forecast:
     def lines(self, memory: float) -> list[str]:
         """A table for a person to read; ``memory`` is the GPU's in bytes."""
         parts = {name: part for live in (self.always, *self.moments.values()) for name, part in live.items()}
+        unit, word = (2**30, "GiB") if self.peak >= 2**30 else (2**20, "MiB")
         rows = [("", "dtype", *self.moments)]
         for name, (size, kind) in parts.items():
             alive = (name in self.always or name in live for live in self.moments.values())
-            rows.append((name, kind, *(f"{size / 2**30:.2f}" if here else "-" for here in alive)))
-        rows.append(("sum, GiB", "", *(f"{self.total(moment) / 2**30:.2f}" for moment in self.moments)))
+            rows.append((name, kind, *(f"{size / unit:.2f}" if here else "-" for here in alive)))
+        rows.append((f"sum, {word}", "", *(f"{self.total(moment) / unit:.2f}" for moment in self.moments)))
         spare = (memory - self.peak) / 2**30
         verdict = f"fits, {spare:.1f} GiB to spare" if spare >= 0 else f"does NOT fit, {-spare:.1f} GiB too many"
         work = ", ".join(f"{name} {flops / 1e15:.4g}" for name, flops in self.flops.items())
