@@ -175,7 +175,7 @@ class Examiner:
         asked = [prompt for prompt in self.prompts for _ in range(config.samples)]
         if path.exists():
             with safe_open(path, "pt") as kept:
-                facts, found = kept.metadata(), {of: kept.get_tensor(of) for of in kept.keys()}  # noqa: SIM118
+                facts, found = kept.metadata(), {of: kept.get_tensor(of) for of in kept.keys()}  # noqa: SIM118  (no mapping)
             if facts["key"] == key:
                 features = found.pop("features")
                 measured = Measured(torch.empty(0), asked, {of: v.numpy() for of, v in found.items()}, features)

@@ -271,8 +271,9 @@ def _sampler(
         with half_precision(setup.device, train.precision == "bf16"):
             if negative is not None:
                 return sample_chunks(model, Guidance(text, negative[None].to(text), scale), noise, many, pattern)
-            renoise = lambda k: rng.normal(keys[k], setup.shape)  # noqa: E731
             guidance = Guidance(text, text[:0], 1.0)
-            return sample_chunks(model, guidance, noise, setup.grid, pattern, renoise, context=context)
+            return sample_chunks(
+                model, guidance, noise, setup.grid, pattern, lambda k: rng.normal(keys[k], setup.shape), context=context
+            )
 
     return sample

@@ -43,13 +43,7 @@ def mean_interval(values: Floats, prompts: Labels, seed: int, resamples: int = R
     Raises:
         DataError: fewer than two prompts have a score.
     """
-    valid = np.isfinite(values)
-    _, cluster = np.unique(prompts[valid], return_inverse=True)
-    counts = np.bincount(cluster).astype(np.float64)
-    sums = np.bincount(cluster, weights=values[valid])
-    drawn = _multiplicities(len(counts), resamples, seed).astype(np.float64)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), _TAILS)
-    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+    return ratio_interval(values, np.ones_like(values), prompts, seed, resamples)
 
 
 def paired_interval(first: Floats, second: Floats, prompts: Labels, seed: int) -> Interval:
@@ -57,14 +51,14 @@ def paired_interval(first: Floats, second: Floats, prompts: Labels, seed: int) -
     return mean_interval(first - second, prompts, seed)
 
 
-def ratio_interval(above: Floats, below: Floats, prompts: Labels, seed: int) -> Interval:
+def ratio_interval(above: Floats, below: Floats, prompts: Labels, seed: int, resamples: int = RESAMPLES) -> Interval:
     """mean(above) / mean(below) over clips that have both, with a 95 % interval over prompts."""
     valid = np.isfinite(above) & np.isfinite(below)
     _, cluster = np.unique(prompts[valid], return_inverse=True)
-    sums = [np.bincount(cluster, weights=values[valid]) for values in (above, below)]
-    drawn = _multiplicities(len(sums[0]), RESAMPLES, seed).astype(np.float64)
-    low, high = np.quantile((drawn @ sums[0]) / (drawn @ sums[1]), _TAILS)
-    return Interval(float(sums[0].sum() / sums[1].sum()), float(low), float(high))
+    tops, bottoms = (np.bincount(cluster, weights=values[valid]) for values in (above, below))
+    drawn = _multiplicities(len(tops), resamples, seed).astype(np.float64)
+    low, high = np.quantile((drawn @ tops) / (drawn @ bottoms), _TAILS)
+    return Interval(float(tops.sum() / bottoms.sum()), float(low), float(high))
 
 
 def resampled_clips(prompts: Labels, seed: int, resamples: int = SET_RESAMPLES) -> Iterator[Clips]:

@@ -150,7 +150,10 @@ def test_the_checks_pass_and_see_steps_of_their_own(world: World) -> None:
 
 def test_a_replay_that_forgets_the_past_is_seen(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = distill_backward.replay
-    forgetful = lambda model, rolled, state, *rest: replay(model, rolled, replace(state, chunks_before=0), *rest)  # noqa: E731
+
+    def forgetful(model, rolled, state, *rest):
+        return replay(model, rolled, replace(state, chunks_before=0), *rest)
+
     monkeypatch.setattr(distill_backward, "replay", forgetful)
     found = distill_backward.check(world)
     assert found.gradient_error > 1e-3 and found.replay_gap > 1e-3

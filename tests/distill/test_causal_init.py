@@ -120,7 +120,10 @@ def test_regression_sees_no_later_chunk() -> None:
     )
     assert torch.equal(before[:, :, :4], after[:, :, :4])
     one, other = (regression_losses(net, x, x0, levels, FEW_STEPS, text, PATTERN) for x in (states, touched))
-    part = lambda x, v: (x[:, 0] - v - x0).square().flatten(1).mean(1)  # noqa: E731  sigma is 1
+
+    def part(x, v):  # sigma is 1
+        return (x[:, 0] - v - x0).square().flatten(1).mean(1)
+
     torch.testing.assert_close(one - other, (part(states, before) - part(touched, after)).float(), rtol=1e-4, atol=0)
 
 
@@ -284,7 +287,10 @@ def test_the_goal_comes_from_the_average_and_leaves_the_student_alone(precision:
     loss, gradient = backward(task)
 
     apart = init_task(net, None, "consistency", precision)
-    half = lambda model: lambda *a, **k: run_half(precision, model, *a, **k)  # noqa: E731
+
+    def half(model):
+        return lambda *a, **k: run_half(precision, model, *a, **k)
+
     total = 0.0
     for start in (0, 2):
         slots = range(start, start + 2)

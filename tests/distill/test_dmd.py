@@ -145,7 +145,10 @@ def test_a_sample_without_a_finite_direction_is_left_alone_and_told(whose: str, 
 def test_a_sample_that_the_teacher_leaves_as_it_is_divides_by_no_zero() -> None:
     """A teacher that predicts the sample itself: |x - x0_teacher| = 0."""
     x, sigma = torch.zeros(1, *ELEMENTS), torch.full((1,), 0.5)
-    critic = lambda x_t, _: torch.full_like(x_t, 1e-6)  # noqa: E731
+
+    def critic(x_t, _):
+        return torch.full_like(x_t, 1e-6)
+
     g, finite = distribution_gradient(x, lambda x_t, _: 2 * x_t, critic, sigma, torch.ones_like(x))
     assert finite.all() and g.abs().max() > 0
 
@@ -279,7 +282,10 @@ def test_the_critic_reaches_the_least_flow_loss_there_is() -> None:
     )
     least = (deviation**2 / (((1 - sigma) * deviation) ** 2 + sigma**2)).mean().item()
     with torch.no_grad():
-        exact = lambda x_t, told, _: gaussian(mean, deviation).velocity(x_t, told)  # noqa: E731
+
+        def exact(x_t, told, _):
+            return gaussian(mean, deviation).velocity(x_t, told)
+
         optimum, reached = (flow_losses(net, x, noise, sigma, None).mean().item() for net in (exact, critic))
     assert optimum == pytest.approx(least, rel=0.02)
     assert optimum <= reached < 1.03 * optimum

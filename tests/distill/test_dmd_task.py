@@ -94,7 +94,10 @@ def test_a_replay_of_something_else_ends_the_run(precision: str, fault: str, mon
     task = make_task(net, precision=precision)
     other = texts(6, torch.float32)[4:]
     if fault == "text":
-        swapped = lambda model, rolled, state, _, grid: replay(model, rolled, state, other, grid)  # noqa: E731
+
+        def swapped(model, rolled, state, _, grid):
+            return replay(model, rolled, state, other, grid)
+
         monkeypatch.setattr(trainer, "replay", swapped)
     for number, _ in enumerate(task.losses(STUDENTS_STEP)):
         if fault == "weights" and number == 0:

@@ -10,6 +10,7 @@ from reelforge.engine.core.errors import DataError
 from reelforge.engine.judge.bootstrap import (
     mean_interval,
     paired_interval,
+    ratio_interval,
     recentred_interval,
     resampled_clips,
 )
@@ -69,6 +70,22 @@ def test_missing_scores_are_left_out_not_made_up() -> None:
     prompts = np.array([0, 0, 1, 1, 2, 3])
     kept = np.isfinite(values)
     assert mean_interval(values, prompts, seed=0) == mean_interval(values[kept], prompts[kept], seed=0)
+
+
+def test_a_ratio_of_means_by_its_linearised_standard_error() -> None:
+    """Var(a/b) is about Var(mean(a - r b)) / mean(b)^2 for independent prompts (Cochran 1977, ch. 2)."""
+    draw = np.random.default_rng(3)
+    below = draw.uniform(0.5, 1.5, 400)
+    above = 0.9 * below + 0.2 * draw.standard_normal(400)
+    found = ratio_interval(above, below, np.arange(400), seed=1)
+    ratio = above.mean() / below.mean()
+    error = (above - ratio * below).std(ddof=1) / 20 / below.mean()
+    assert found.mean == pytest.approx(ratio)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.05)
+    gone = np.where(np.arange(400) < 40, np.nan, below)
+    assert ratio_interval(above, gone, np.arange(400), seed=1).mean == pytest.approx(
+        above[40:].mean() / below[40:].mean()
+    )
 
 
 def test_one_prompt_has_no_interval() -> None:

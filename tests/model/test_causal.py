@@ -7,22 +7,13 @@ pytest.importorskip("hypothesis")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_causal import TINY_CAUSAL as CONFIG
 
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.model.kv_cache import KVCache
 from reelforge.engine.model.layout import bidirectional, chunk_causal, chunk_pattern, packed_teacher_forcing
 from reelforge.engine.model.wan import WanTransformer
 
-CONFIG = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 10,
-    "freq_dim": 32,
-    "ffn_dim": 20,
-    "num_layers": 2,
-}
 PATTERNS = [(3, 3, 3), (1, 1, 1, 1), (1, 4), (1, 3, 3), (2,), (4, 1, 2)]
 
 
