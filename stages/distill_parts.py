@@ -213,7 +213,7 @@ def _causal_init(
         model, state.ema.applied, teacher, source, phase.init, setup.schedule, setup.grid, setup.pattern, phase.train
     )
     sample = _sampler(model, setup, setup.pattern, phase.train, None if phase.few_step else text[-1])
-    return Parts(model, state, state, task.losses, task.describe, 1, sample, phase.train.seed)
+    return Parts(model, state, state, task.losses, lambda steps: {}, 1, sample, phase.train.seed)
 
 
 def _source(config: DistillConfig, phase: InitPhase, setup: Setup, text: Tensor) -> Source:

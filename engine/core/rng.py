@@ -54,3 +54,10 @@ def uniform(draw_key: int, count: int, device: torch.device | str = "cpu") -> Te
 def generator(purpose: str, *counters: int) -> np.random.Generator:
     """A numpy generator for host-side choices (shuffles, renderings) under the same naming."""
     return np.random.Generator(np.random.Philox(key=key(purpose, *counters)))
+
+
+def in_epochs(purpose: str, seed: int, size: int, places: Sequence[int]) -> list[int]:
+    """Which of ``size`` items stand at these places of an endless list: all in random order, then all in another."""
+    epochs = {place // size for place in places}
+    orders = {epoch: generator(purpose, seed, epoch).permutation(size) for epoch in epochs}
+    return [int(orders[place // size][place % size]) for place in places]

@@ -160,12 +160,8 @@ class InitTask:
         return (self._consistency if self.config.method == "consistency" else self._teacher_forcing)(step, slots, batch)
 
     def _indexes(self, step: int, slots: range) -> list[int]:
-        found = []
-        for slot in slots:
-            epoch, place = divmod(step * self.train.batch_size + slot, len(self.source))
-            order = rng.generator("init_clips", self.train.seed, epoch).permutation(len(self.source))
-            found.append(int(order[place]))
-        return found
+        first = step * self.train.batch_size
+        return rng.in_epochs("init_clips", self.train.seed, len(self.source), [first + slot for slot in slots])
 
     def _ode(self, step: int, slots: range, batch: Batch) -> Tensor:
         assert batch.states is not None, "regression needs trajectories"
@@ -214,8 +210,3 @@ class InitTask:
 
     def _noise(self, step: int, slots: range, batch: Batch) -> Tensor:
         return draw_noise(self.train.seed, step, slots, batch.x0.shape[1:], self.device)
-
-    def describe(self, steps: range) -> dict[str, Any]:
-        """Nothing beyond the loss."""
-        del steps
-        return {}

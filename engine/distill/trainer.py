@@ -151,12 +151,8 @@ class DmdTask:
 
     def _prompts(self, step: int, slots: range) -> list[int]:
         """Prompts of these slots: every one once, in random order, before any comes again."""
-        size, found = self.train.batch_size, []
-        for slot in slots:
-            epoch, place = divmod(step // self.rollout.segments * size + slot, len(self.ids))
-            order = rng.generator("distill_prompts", self.train.seed, epoch).permutation(len(self.ids))
-            found.append(int(order[place]))
-        return found
+        first = step // self.rollout.segments * self.train.batch_size
+        return rng.in_epochs("distill_prompts", self.train.seed, len(self.ids), [first + slot for slot in slots])
 
     def _roll_out(self, step: int, slots: range, ids: Sequence[int], text: Tensor) -> Rollout:
         student, how, seed = self.student, self.rollout, self.train.seed

@@ -103,3 +103,11 @@ def test_host_generator_is_named_too() -> None:
     draw = rng.generator("shuffle", 3, 1).permutation(50)
     assert (draw == rng.generator("shuffle", 3, 1).permutation(50)).all()
     assert (draw != rng.generator("shuffle", 3, 2).permutation(50)).any()
+
+
+def test_epochs_show_everything_once_and_do_not_depend_on_who_asks() -> None:
+    whole = rng.in_epochs("order", 3, 5, range(15))
+    assert [sorted(whole[first : first + 5]) for first in (0, 5, 10)] == [list(range(5))] * 3
+    assert whole[:5] != whole[5:10]
+    assert rng.in_epochs("order", 3, 5, [12, 1, 7]) == [whole[12], whole[1], whole[7]]
+    assert whole[:5] == rng.generator("order", 3, 0).permutation(5).tolist()
