@@ -237,6 +237,10 @@ def _curves(entrants: Mapping[str, Entrant]) -> list[Curve]:
         if any("reward" in line for line in lines):
             curves += _reward_curves(name, lines)
             continue
+        if any("dmd" in line for line in lines):
+            told = {"teacher and critic apart": "dmd", "critic's flow-matching loss": "critic_loss"}
+            curves.append(Curve(f"{name}: self-forcing", read_series(entrant.cost.metrics, told), "", smooth=3))
+            continue
         loss = read_series(entrant.cost.metrics, {"training": "loss", "held out": "validation_loss"})
         curves.append(Curve(f"{name}: flow-matching loss", loss, "mean squared velocity error", smooth=5))
         bins = _validation_bins(entrant.cost.metrics)

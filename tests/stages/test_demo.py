@@ -91,6 +91,7 @@ def test_results_hold_every_stage_and_the_truth(demo: Path) -> None:
 def test_the_report_opens_from_disk_alone(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert "student: self-forcing" in page and "student: flow-matching loss" not in page
     assert page.count("data:image/webp") > 20 and len(page) < 5_000_000
 
 
