@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reelforge.bench.examiner import Drive, Examiner, Verdict, placed
+from reelforge.bench.drive import Drive, placed
+from reelforge.bench.examiner import Examiner, Verdict
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware
 from reelforge.engine.core.files import replace_file

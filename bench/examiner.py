@@ -5,7 +5,7 @@ A study compares all of its arms with one of the demo's models, the reference.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,40 +14,26 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from reelforge.engine.core import config as configuration
-from reelforge.engine.core import rng
-from reelforge.engine.core.errors import ConfigError
-from reelforge.engine.core.files import make_folder, replace_file
-from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.evaluation import (
+from reelforge.bench.evaluation import (
     FRECHET,
     REWARDS,
-    TRUTH_SAMPLES,
     VOTERS,
     Evaluation,
     EvaluationConfig,
-    Judge,
     Measured,
-    evaluate,
-    held_out_prompts,
     recovery,
-    truth_clips,
 )
+from reelforge.bench.exam import Exam
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.files import make_folder, replace_file
+from reelforge.engine.judge.bootstrap import Interval
 from reelforge.engine.judge.gsb import Gsb, compare, fix_panel
 from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
-from reelforge.engine.model.generator import through_codec
 from reelforge.engine.model.weights import load_transformer
-from reelforge.engine.rewards import calibration
 
-# (verb, recipe, overrides, overlays): runs a stage as its verb does. Stages stand above, so they hand this in.
-Drive = Callable[[str, Path, Sequence[str], Sequence[Path]], None]
 UNGUIDED = ("guidance_scale=1.0",)
-
-
-def placed(files: Mapping[str, Path]) -> list[str]:
-    """Paths as overrides of a recipe."""
-    return [f"{name}={json.dumps(str(path))}" for name, path in files.items()]
 
 
 @dataclass(frozen=True)
@@ -110,21 +96,15 @@ class Examiner:
         self._prepare(ModelFolder.load(demo / "base_model"))
 
     def _prepare(self, base: ModelFolder) -> None:
-        """Truth, the reference's clips and both panels, from two draws of the base model."""
-        video, samples, seed = self.folder.defaults.video, self.config.samples, self.seed
-        self.judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
-        scenes = held_out_prompts(self.config.prompts)
-        self.prompts = [prompt for _, prompt in scenes]
-        members = (range(samples), range(samples, samples + TRUTH_SAMPLES))
-        clean, others = (through_codec(base.codec, truth_clips(scenes, part, video, seed)) for part in members)
-        truth = self.judge.calibrate(clean, [prompt for prompt in self.prompts for _ in range(samples)], others)
-        self.truth, self.floor = self.judge.table(truth, seed), self.judge.floor(truth)
+        """The exam, the reference's clips and both panels, from two draws of the base model."""
+        self.exam = Exam(self.config, base, self.seed)
+        self.prompts, self.truth = self.exam.prompts, self.exam.table(self.exam.truth)
         first, second = (self._sample(f"base draw {n}", base, UNGUIDED, n).measured.scores for n in (0, 1))
         open_rewards = tuple(replace(reward, target=False) for reward in REWARDS)
         voters = {"held-out voters": (*REWARDS, *VOTERS), "optimised rewards": open_rewards}
         self.panels = {source: fix_panel(first, second, verifiers) for source, verifiers in voters.items()}
         self.reference = self._sample(self.name, self.folder, self.settings).measured
-        self.distance = self.judge.distance(self.reference.features)
+        self.distance = self.exam.judge.distance(self.reference.features)
         self.scale = {reward.name: float(np.nanstd(self.reference.scores[reward.name])) for reward in REWARDS}
 
     def verdict(self, name: str, transformer: Path | None = None, settings: tuple[str, ...] = UNGUIDED) -> Verdict:
@@ -145,7 +125,7 @@ class Examiner:
     def _judge(self, name: str, folder: ModelFolder, settings: tuple[str, ...], same: bool = False) -> Verdict:
         evaluation = self._sample(name, folder, settings)
         measured, below = evaluation.measured, self.reference
-        scores = self.judge.table(measured, self.seed, None if same else below)
+        scores = self.exam.table(measured, None if same else below)
         gains = [
             np.nanmean(measured.scores[axis] - below.scores[axis]) / scale
             for axis, scale in self.scale.items()
@@ -157,7 +137,9 @@ class Examiner:
         }
         ratio = scores[FRECHET.name].mean / self.distance
         kept = {
-            axis: recovery(measured, below, self.floor, axis, self.seed) for axis in self.scale if self._above(axis)
+            axis: recovery(measured, below, self.exam.floor, axis, self.seed)
+            for axis in self.scale
+            if self._above(axis)
         }
         return Verdict(
             evaluation.nfe, evaluation.token_forwards, evaluation.seconds_per_video, scores, float(np.mean(gains)), gsb,
@@ -166,24 +148,22 @@ class Examiner:
 
     def _above(self, axis: str) -> bool:
         """Whether the reference is above the floor, so that there is a way to go."""
-        return bool(np.nanmean(self.reference.scores[axis]) > np.nanmean(self.floor.scores[axis]))
+        return bool(np.nanmean(self.reference.scores[axis]) > np.nanmean(self.exam.floor.scores[axis]))
 
     def _sample(self, name: str, folder: ModelFolder, settings: tuple[str, ...], draw: int = 0) -> Evaluation:
         """Sample and measure, or read what an earlier call measured of the same; without the clips."""
-        config, path = self.config, self.kept / f"{name.replace(' ', '_').replace(',', '')}.safetensors"
-        key = _key(folder, [settings, config.samples, self.prompts, self.seed, draw])
-        asked = [prompt for prompt in self.prompts for _ in range(config.samples)]
+        path = self.kept / f"{name.replace(' ', '_').replace(',', '')}.safetensors"
+        key = _key(folder, [settings, self.config.samples, self.prompts, self.seed, draw])
         if path.exists():
             with safe_open(path, "pt") as kept:
                 facts, found = kept.metadata(), {of: kept.get_tensor(of) for of in kept.keys()}  # noqa: SIM118  (no mapping)
             if facts["key"] == key:
                 features = found.pop("features")
-                measured = Measured(torch.empty(0), asked, {of: v.numpy() for of, v in found.items()}, features)
+                measured = Measured(
+                    torch.empty(0), self.exam.asked, {of: v.numpy() for of, v in found.items()}, features
+                )
                 return Evaluation(measured, int(facts["nfe"]), int(facts["token_forwards"]), float(facts["seconds"]))
-        seed = rng.key("evaluation", self.seed, draw)
-        made = evaluate(
-            folder, self.judge, self.prompts, config.samples, seed, config.batch_size, f"sampling {name}", settings
-        )
+        made = self.exam.evaluate(folder, settings, f"sampling {name}", draw)
         facts = {
             "key": key,
             "nfe": str(made.nfe),

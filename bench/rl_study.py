@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reelforge.bench.examiner import Drive, Examiner, placed
+from reelforge.bench.drive import Drive, placed
+from reelforge.bench.examiner import Examiner
 from reelforge.bench.rl_study_report import Arm, Outcome, Training, acceptance, axes, markdown, to_table
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware

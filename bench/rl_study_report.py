@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from reelforge.bench.evaluation import ACCURACIES, REWARDS
 from reelforge.bench.examiner import UNGUIDED, Verdict
-from reelforge.engine.judge.evaluation import ACCURACIES, REWARDS
 from reelforge.engine.judge.results import Score
 
 # Acceptance. Fixed before the reported run; a failed check is reported, not moved.

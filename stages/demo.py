@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from reelforge.bench.demo_report import Entrant, StageCost, judge_and_report
+from reelforge.bench.evaluation import EvaluationConfig
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
@@ -26,7 +28,6 @@ from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
 from reelforge.engine.data.toy_world import captions, scenes
 from reelforge.engine.flow.schedule import FlowSchedule
-from reelforge.engine.judge.evaluation import EvaluationConfig
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
 from reelforge.engine.model.folder import GenerationDefaults, ModelFolder, derive_model_folder
@@ -40,7 +41,6 @@ from reelforge.engine.train.loop import LoopConfig
 from reelforge.engine.train.state import OptimizerConfig
 from reelforge.stages import cache, distill, rlhf, sft
 from reelforge.stages.console import emit
-from reelforge.stages.demo_report import Entrant, StageCost, judge_and_report
 from reelforge.stages.distill import DistillResult
 from reelforge.stages.distill_config import DistillConfig
 from reelforge.stages.sft import SftConfig, ValidationConfig

@@ -10,11 +10,11 @@ from tiny_rlhf import PROMPTS
 
 from reelforge.bench import distill_study
 from reelforge.bench.distill_study import Arm, Outcome, arms, checks, markdown
+from reelforge.bench.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.bench.examiner import Verdict
 from reelforge.engine.core import config as configuration
 from reelforge.engine.distill.trainer import RolloutConfig
 from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.engine.judge.gsb import Gsb
 from reelforge.engine.judge.results import Score
 from reelforge.stages.cli import main
@@ -80,7 +80,7 @@ def test_arms_are_distilled_and_judged_once(tmp_path: Path, demo, recipe, few, m
         raise AssertionError("trained or sampled again")
 
     monkeypatch.setattr("reelforge.stages.distill._train", never)
-    monkeypatch.setattr("reelforge.bench.examiner.evaluate", never)
+    monkeypatch.setattr("reelforge.bench.exam.evaluate", never)
     assert run(tmp_path, demo, recipe)["arms"] == found["arms"]
 
 

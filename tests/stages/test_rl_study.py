@@ -10,18 +10,18 @@ import tomli_w
 from tiny_rlhf import PROMPTS, lines, recipe_table
 
 from reelforge.bench import rl_study
+from reelforge.bench.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.bench.examiner import Examiner, Verdict
 from reelforge.bench.rl_study import PROOF, Study, ablation_arms, iterations_within, training_nfe
 from reelforge.bench.rl_study_report import Arm, Outcome, Training, acceptance, best_guided, markdown
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError, TrainingError
 from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.engine.judge.gsb import Gsb
 from reelforge.engine.judge.results import Score
 from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.stages import cache, sft
-from reelforge.stages.bench import _drive
+from reelforge.stages.bench import drive
 from reelforge.stages.cli import main
 from reelforge.stages.sft import SftConfig
 
@@ -106,7 +106,7 @@ def test_a_finished_study_trains_and_samples_nothing_again(study: Path, demo, re
     def never(*arguments: object, **more: object) -> None:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr("reelforge.bench.examiner.evaluate", never)
+    monkeypatch.setattr("reelforge.bench.exam.evaluate", never)
     monkeypatch.setattr("reelforge.stages.rlhf._train", never)
     monkeypatch.setattr("reelforge.stages.sft._train", never)
     run("rl-study", study, demo, recipe)
@@ -116,7 +116,7 @@ def test_a_finished_study_trains_and_samples_nothing_again(study: Path, demo, re
 def test_kept_scores_are_of_these_weights_and_this_way_of_sampling(study: Path, demo: Path, monkeypatch) -> None:
     examiner = Examiner(demo, study, None)
     seen = []
-    monkeypatch.setattr("reelforge.bench.examiner.evaluate", lambda folder, *rest: seen.append(rest[-1]) or 1 / 0)
+    monkeypatch.setattr("reelforge.bench.exam.evaluate", lambda folder, *rest: seen.append(rest[-1]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         examiner.verdict("rlhf seed 0", study / "rlhf-seed-1/transformer")
     with pytest.raises(ZeroDivisionError):
@@ -133,7 +133,7 @@ def test_the_ablation_spends_equal_evaluations(tmp_path: Path, demo: Path, recip
     found = json.loads((out / "study.json").read_text())
     arms = {arm["name"]: arm for arm in found["arms"]}
     assert len(arms) == 1 + 2 * 2 * 2 + 2 and found["checks"] == []
-    study = Study(demo, out, recipe, ["train.micro_batch_size=8"], _drive)
+    study = Study(demo, out, recipe, ["train.micro_batch_size=8"], drive)
     for arm in ablation_arms(4):
         training, config = arms[arm.name]["training"], study.config(arm)
         count = training["iterations"]
@@ -149,7 +149,7 @@ def test_the_ablation_spends_equal_evaluations(tmp_path: Path, demo: Path, recip
 
 
 def test_equal_seconds_come_from_a_calibration(tmp_path: Path, demo: Path, recipe: Path) -> None:
-    study, arm = Study(demo, tmp_path, recipe, [], _drive), ablation_arms(4)[-1]
+    study, arm = Study(demo, tmp_path, recipe, [], drive), ablation_arms(4)[-1]
     by_nfe, by_seconds = rl_study._at_equal_cost(study, [arm], 300, 7.0)
     second = lines(tmp_path / "calibration-preset-mix")[1]
     assert by_nfe.overrides[-1] == f"train.steps={iterations_within(study.config(arm), 300)}"
@@ -159,7 +159,7 @@ def test_equal_seconds_come_from_a_calibration(tmp_path: Path, demo: Path, recip
 
 
 def test_evaluations_by_hand(demo: Path, recipe: Path, tmp_path: Path) -> None:
-    config = Study(demo, tmp_path, recipe, ["rollout.path.guidance_scale=2.0"], _drive).config(PROOF[4])
+    config = Study(demo, tmp_path, recipe, ["rollout.path.guidance_scale=2.0"], drive).config(PROOF[4])
     # T = 4, G = 4, steps [0, 2), two groups at either: 2 (1 + 12) + 2 (2 + 8) rows, 4 states; guidance doubles all.
     assert training_nfe(config, 3) == 3 * 2 * (46 + 2 * 4)
     assert iterations_within(config, 3 * 108) == 3 and iterations_within(config, 3 * 108 - 1) == 2

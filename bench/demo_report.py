@@ -8,27 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from reelforge.bench.evaluation import REWARDS, VOTERS, Evaluation, EvaluationConfig, Measured, chunk_seconds, recovery
+from reelforge.bench.exam import Exam
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.core.progress import say
-from reelforge.engine.core.types import VideoCodec, VideoSpec
 from reelforge.engine.judge import results
 from reelforge.engine.judge.charts import Curve, read_series
-from reelforge.engine.judge.evaluation import (
-    REWARDS,
-    TRUTH_SAMPLES,
-    VOTERS,
-    Evaluation,
-    EvaluationConfig,
-    Judge,
-    Measured,
-    chunk_seconds,
-    evaluate,
-    held_out_prompts,
-    recovery,
-    truth_clips,
-)
 from reelforge.engine.judge.gsb import Gsb, Panel, compare, fix_panel
 from reelforge.engine.judge.report import write_report
 from reelforge.engine.judge.results import Calibration, Results, StageResult
@@ -92,49 +79,34 @@ def judge_and_report(
     """
     report = root / "report.html"
     folders = {name: ModelFolder.load(entrant.model) for name, entrant in entrants.items()}
-    first = next(iter(folders.values()))
-    video = first.defaults.video
-    judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
-    scenes = held_out_prompts(config.prompts)
-    prompts = [prompt for _, prompt in scenes]
-
-    def sampled(name: str, draw: int) -> Evaluation:
-        label = f"sampling {name}" + (", second noise" if draw else "")
-        draw_seed = rng.key("evaluation", seed, draw)
-        settings = entrants[name].settings
-        return evaluate(folders[name], judge, prompts, config.samples, draw_seed, config.batch_size, label, settings)
-
-    asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    members = (range(config.samples), range(config.samples, config.samples + TRUTH_SAMPLES))
-    pictures, others = (through_codec(first.codec, truth_clips(scenes, part, video, seed)) for part in members)
-    truth = judge.calibrate(pictures, asked, others)
-    evaluations = {name: sampled(name, 0) for name in folders}
-    again = sampled(next(iter(folders)), 1).measured
+    first, base = next(iter(folders.items()))
+    exam = Exam(config, base, seed)
+    evaluations = {
+        name: exam.evaluate(folder, entrants[name].settings, f"sampling {name}") for name, folder in folders.items()
+    }
+    again = exam.evaluate(base, entrants[first].settings, f"sampling {first}, second noise", draw=1).measured
     say("scoring clips of known quality")
-    panel = fix_panel(next(iter(evaluations.values())).measured.scores, again.scores, (*REWARDS, *VOTERS))
-    floor = judge.floor(truth)
+    panel = fix_panel(evaluations[first].measured.scores, again.scores, (*REWARDS, *VOTERS))
     notes = {
-        name: _student_note(
-            folders[name], evaluations[name], evaluations[entrant.teacher], floor, entrant.teacher, seed
-        )
+        name: _student_note(folders[name], evaluations[name], evaluations[entrant.teacher], exam, entrant.teacher)
         for name, entrant in entrants.items()
         if entrant.teacher
     }
     outcome = Results(
-        stages=_stages(entrants, evaluations, judge, panel, seed, notes),
+        stages=_stages(entrants, evaluations, exam, panel, notes),
         seed=seed,
-        prompts=len(prompts),
-        clips=len(truth.prompts),
-        truth=Calibration("truth", judge.table(truth, seed)),
-        calibration=_known_rows(config, judge, first.codec, video, seed),
-        self_check=_against(next(iter(evaluations.values())).measured, again, panel, next(iter(evaluations)), seed),
+        prompts=len(exam.prompts),
+        clips=len(exam.asked),
+        truth=Calibration("truth", exam.table(exam.truth)),
+        calibration=_known_rows(exam),
+        self_check=_against(evaluations[first].measured, again, panel, first, seed),
         note=_NOTE,
         versions=hardware.versions(),
         hardware=hardware.hardware(),
         config=_jsonable(configuration.to_table(recipe)),
     )
     results.write(outcome, root / "results.json")
-    write_report(outcome, _sheets(evaluations, truth, panel, config.samples, video.fps), _curves(entrants), report)
+    write_report(outcome, _sheets(evaluations, exam, panel), _curves(entrants), report)
     return report
 
 
@@ -150,9 +122,8 @@ def _against(measured: Measured, below: Measured, panel: Panel, reference: str, 
 def _stages(
     entrants: Mapping[str, Entrant],
     evaluations: Mapping[str, Evaluation],
-    judge: Judge,
+    exam: Exam,
     panel: Panel,
-    seed: int,
     notes: Mapping[str, str],
 ) -> tuple[StageResult, ...]:
     """One result a column, each judged against its references."""
@@ -169,20 +140,19 @@ def _stages(
                 seconds_train=entrant.cost.seconds if entrant.cost else None,
                 steps=entrant.cost.steps if entrant.cost else None,
                 gsb=tuple(
-                    _against(measured, evaluations[below].measured, panel, below, seed) for below in entrant.references
+                    _against(measured, evaluations[below].measured, panel, below, exam.seed)
+                    for below in entrant.references
                 ),
-                scores=judge.table(measured, seed, None if measured is first else first),
+                scores=exam.table(measured, None if measured is first else first),
             )
         )
     return tuple(rows)
 
 
-def _student_note(
-    folder: ModelFolder, student: Evaluation, teacher: Evaluation, floor: Measured, name: str, seed: int
-) -> str:
+def _student_note(folder: ModelFolder, student: Evaluation, teacher: Evaluation, exam: Exam, name: str) -> str:
     """What a distilled model keeps of its teacher, and what a viewer waits for."""
-    kept = recovery(student.measured, teacher.measured, floor, "ta", seed)
-    chunks = [f"{1000 * seconds:.0f}" for seconds in chunk_seconds(folder, floor.prompts[0])]
+    kept = recovery(student.measured, teacher.measured, exam.floor, "ta", exam.seed)
+    chunks = [f"{1000 * seconds:.0f}" for seconds in chunk_seconds(folder, exam.prompts[0])]
     return (
         f"on ta it is {kept.mean:.2f} [{kept.low:.2f}, {kept.high:.2f}] of the way from clean clips of other prompts, "
         f"at 0, to {name}, at 1, with 1/{teacher.token_forwards / student.token_forwards:.1f} of its token-forwards. "
@@ -191,29 +161,26 @@ def _student_note(
     )
 
 
-def _known_rows(
-    config: EvaluationConfig, judge: Judge, codec: VideoCodec, video: VideoSpec, seed: int
-) -> tuple[Calibration, ...]:
+def _known_rows(exam: Exam) -> tuple[Calibration, ...]:
     """The verifiers on clips of known quality, all through the codec."""
-    clips = calibration.known_clips(config.calibration_clips, rng.key("known", seed), video)
+    clips = calibration.known_clips(exam.config.calibration_clips, rng.key("known", exam.seed), exam.video)
     return tuple(
-        Calibration(name, judge.table(judge.measure(through_codec(codec, videos), prompts), seed))
+        Calibration(name, exam.table(exam.judge.measure(through_codec(exam.codec, videos), prompts)))
         for name, videos, prompts in clips
     )
 
 
-def _sheets(
-    evaluations: Mapping[str, Evaluation], truth: Measured, panel: Panel, samples: int, fps: float
-) -> list[Sheet]:
+def _sheets(evaluations: Mapping[str, Evaluation], exam: Exam, panel: Panel) -> list[Sheet]:
     """Stages side by side on fixed prompts, and the last stage's worst clips."""
+    samples, fps = exam.config.samples, exam.video.fps
     columns = ("truth", *evaluations)
-    sets = [truth, *(evaluation.measured for evaluation in evaluations.values())]
+    sets = [exam.truth, *(evaluation.measured for evaluation in evaluations.values())]
 
     def row(clip: int, note: str = "") -> Row:
         pictures = tuple(measured.videos[clip].numpy() for measured in sets)
-        return Row(truth.prompts[clip], clip % samples, pictures, note)
+        return Row(exam.asked[clip], clip % samples, pictures, note)
 
-    spread = np.linspace(0, len(truth.prompts) - 1, _SHEET_ROWS).astype(int) // samples * samples
+    spread = np.linspace(0, len(exam.asked) - 1, _SHEET_ROWS).astype(int) // samples * samples
     rating = panel.rating(sets[-1].scores)
     worst = np.argsort(rating)[:_FAILURES]
     return [
