@@ -58,6 +58,13 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print memory and FLOPs from the models' configs, and stop")
 
 
+def _enhance(parser: argparse.ArgumentParser) -> None:
+    _with_recipe(parser)
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="put this to a rewriter whose folder stands in the recipe's place"
+    )
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, metavar="RECIPE", help="print what a distill recipe takes, and stop")
     parser.add_argument(
@@ -84,6 +91,7 @@ VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
     "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
     "rlhf": ("GRPO from rewards on a set of prompts", "rlhf", _rlhf),
+    "enhance": ("a rewriter of prompts, from pairs and from rewards", "enhance", _enhance),
     "distill": ("a causal few-step student by self-forcing", "distill", _distill),
     "generate": ("prompts to mp4 files", "generate", _generate),
     "bench": ("rates on a GPU, gates without one, records and their comparison", "bench", bench.add_arguments),

@@ -47,8 +47,22 @@ def normal(keys: Sequence[int] | Tensor, shape: Sequence[int], device: torch.dev
 
 def uniform(draw_key: int, count: int, device: torch.device | str = "cpu") -> Tensor:
     """``count`` float32 values in [0, 1)."""
-    words = philox.words(torch.tensor([draw_key], device=device), count)
-    return philox.uniform(torch.stack(words, dim=-1).flatten()[:count])
+    return uniforms([draw_key], count, device)[0]
+
+
+def uniforms(keys: Sequence[int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """:func:`uniform` of every key, ``[len(keys), count]``."""
+    words = philox.words(torch.tensor(list(keys), dtype=torch.int64, device=device), count)
+    return philox.uniform(torch.stack(words, dim=-1).flatten(1)[:, :count])
+
+
+def gumbel(keys: Sequence[int], count: int, device: torch.device | str = "cpu") -> Tensor:
+    """Standard Gumbel noise -log(-log u), float32 ``[len(keys), count]``: argmax(logits + it) draws from softmax(logits).
+
+    The uniforms are read from below, -log(-log1p(-u)): there they are 2^-31 apart, so large values keep their tail.
+    """
+    u = uniforms(keys, count, device).clamp(2.0**-32, 1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-u))
 
 
 def generator(purpose: str, *counters: int) -> np.random.Generator:

@@ -87,6 +87,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def num_tokens(self, prompt: str) -> int:
+        """What the whole prompt takes; above ``max_tokens`` its end is cut away."""
+        ...
+
 
 def pad_text(embeddings: Sequence[Tensor], max_tokens: int) -> Tensor:
     """Unpadded ``[S_i, E]`` embeddings to ``[B, max_tokens, E]`` with zero rows behind."""

@@ -56,6 +56,27 @@ _TEMPLATES = (
     "on a {background} background, a {colour} {shape} drifts {towards} at a {speed} pace",
     "a still camera watches a {colour} {shape} travel {adverb} {towards} over a clean {background} background",
 )
+# What people call a value, the captions' own name first; see toy_requests.
+NAMES: dict[str, tuple[str, ...]] = {
+    "circle": ("circle", "ball", "disc", "dot"),
+    "square": ("square", "box", "block", "tile"),
+    "triangle": ("triangle", "wedge", "pyramid"),
+    "red": ("red", "scarlet", "crimson"),
+    "green": ("green", "emerald", "lime"),
+    "blue": ("blue", "azure", "cobalt"),
+    "yellow": ("yellow", "golden", "lemon"),
+    "purple": ("purple", "violet", "lilac"),
+    "cyan": ("cyan", "turquoise", "teal"),
+    "left": ("left", "leftwards", "west"),
+    "right": ("right", "rightwards", "east"),
+    "up": ("up", "upwards", "north"),
+    "down": ("down", "downwards", "south"),
+    "slow": ("slow", "calm", "lazy"),
+    "fast": ("fast", "quick", "swift"),
+    "black": ("black", "dark"),
+    "grey": ("grey", "slate"),
+    "navy": ("navy", "midnight"),
+}
 _SYNONYMS = {
     "slowly": "slow",
     "quickly": "fast",
@@ -64,6 +85,7 @@ _SYNONYMS = {
     "downward": "down",
     "downwards": "down",
     "gray": "grey",
+    **{name: value for value, names in NAMES.items() for name in names},
 }
 _FACTOR_OF = {value: factor for factor, values in FACTORS.items() for value in values}
 

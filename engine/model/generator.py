@@ -67,15 +67,21 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: the ``member``-th of its prompt."""
+    """One video to make: the ``member``-th of its prompt.
+
+    Attributes:
+        request: what the prompt was rewritten from, if it was: its noise is the request's, so that a video with and
+            without the rewrite differ by the words alone.
+    """
 
     prompt: str
     member: int
+    request: str = ""
 
     @property
     def prompt_id(self) -> int:
         """Names the noise by the prompt itself, so that other prompts in the run change nothing."""
-        return rng.key("prompt:" + self.prompt)
+        return rng.key("prompt:" + (self.request or self.prompt))
 
 
 class Generator:

@@ -58,8 +58,15 @@ class SeededTextEncoder:
         """One float32 ``[S_i, width]`` per prompt; S_i counts the words and the end mark."""
         return [self._encode(prompt) for prompt in prompts]
 
+    def num_tokens(self, prompt: str) -> int:
+        """Words and the end mark."""
+        return len(self._words(prompt)) + 1
+
+    def _words(self, prompt: str) -> list[str]:
+        return re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).lower())
+
     def _encode(self, prompt: str) -> Tensor:
-        words = re.findall(r"\w+", unicodedata.normalize("NFKC", prompt).lower())[: self.max_tokens - 1]
+        words = self._words(prompt)[: self.max_tokens - 1]
         line = [self._END, *words, self._END, self._END]
         keys = [
             rng.key(f"text.{role}.{line[i + offset]}", self.config.seed)
@@ -139,6 +146,10 @@ class Umt5TextEncoder:
             ids = tokens.input_ids.to(self._model.device)
             embeddings.append(self._model(input_ids=ids).last_hidden_state[0].float())
         return embeddings
+
+    def num_tokens(self, prompt: str) -> int:
+        """Of the cleaned prompt, the closing ``</s>`` included."""
+        return len(self._tokenizer(clean_prompt(prompt)).input_ids)
 
     def save(self, folder: Path) -> None:
         """Write ``folder`` (``text_encoder/``) and the ``tokenizer/`` beside it."""

@@ -24,6 +24,9 @@ _NOUNS = {
     "weights": "the model's weights",
     "codec": "the codec",
     "recipe": "the recipe",
+    "language_model": "the language model",
+    "pairs": "the pairs",
+    "generator": "the generator",
 }
 
 
@@ -36,10 +39,10 @@ def origin(prompts: PromptSet, grid: Grid, weights: Iterable[Tensor], codec: str
     sigmas = [f"{value:.9f}" for value in (*grid.sigmas.tolist(), *grid.timesteps.tolist())]
     taken = [weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)].float() for weight in weights]
     return {
-        "prompts": _hash(json.dumps([prompts.prompts, prompts.rewards]).encode()),
-        "sigmas": _hash(" ".join(sigmas).encode()),
-        "weights": _hash(torch.cat(taken).cpu().numpy().tobytes()),
-        "codec": _hash(codec.encode()),
+        "prompts": digest(json.dumps([prompts.prompts, prompts.rewards]).encode()),
+        "sigmas": digest(" ".join(sigmas).encode()),
+        "weights": digest(torch.cat(taken).cpu().numpy().tobytes()),
+        "codec": digest(codec.encode()),
     }
 
 
@@ -77,5 +80,6 @@ def check_ranks(now: Mapping[str, str], device: torch.device) -> None:
             raise TrainingError(what, "Give all processes the same files and settings.")
 
 
-def _hash(payload: bytes) -> str:
+def digest(payload: bytes) -> str:
+    """15 hexadecimal digits that name some bytes."""
     return hashlib.sha256(payload).hexdigest()[:_DIGITS]

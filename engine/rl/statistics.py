@@ -11,7 +11,11 @@ from reelforge.engine.rl.plan import Group
 
 
 def describe_rewards(
-    axes: Sequence[str], rewards: Tensor, advantages: Advantages, groups: Sequence[Group], distinct_noise: int
+    axes: Sequence[str],
+    rewards: Tensor,
+    advantages: Advantages,
+    groups: Sequence[Group] = (),
+    distinct_noise: int = 1,
 ) -> dict[str, Any]:
     """Facts for one metrics line.
 
@@ -19,7 +23,7 @@ def describe_rewards(
         axes: names of the rewards.
         rewards: ``[R,P,G]``, NaN where missing.
         advantages: of these rewards.
-        groups: as planned.
+        groups: as planned; none where there is no stochastic step (rewrites).
         distinct_noise: initial noises a group.
 
     Returns:
@@ -34,7 +38,7 @@ def describe_rewards(
         table[axis] = {
             "mean": _mean(values[there]),
             "std": _std(values[there]),
-            "by_step": {str(k): _mean(values[steps == k][there[steps == k]]) for k in sorted(set(steps.tolist()))},
+            **({"by_step": _by_step(steps, values, there)} if groups else {}),
         }
     if len(advantages.per_reward) == len(axes):  # not where the rewards were summed first
         for axis, scaled in zip(axes, advantages.per_reward, strict=True):
@@ -48,6 +52,10 @@ def describe_rewards(
         "counted_share": advantages.counted.double().mean().item(),
         "correlation": _correlation(advantages),
     }
+
+
+def _by_step(steps: Tensor, values: Tensor, there: Tensor) -> dict[str, float | None]:
+    return {str(k): _mean(values[steps == k][there[steps == k]]) for k in sorted(set(steps.tolist()))}
 
 
 def noise_share(values: Tensor, distinct_noise: int) -> float | None:

@@ -1,0 +1,175 @@
+"""A trained rewriter at work: requests to prompts, kept in a cache, and never worse than what the user wrote.
+
+Whatever goes wrong (an answer out of form, too long, too late), the user's own prompt is used and the reason is told.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core import rng
+from reelforge.engine.core.config import require_positive
+from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.metrics import JsonlLog, read_jsonl
+from reelforge.engine.enhance.completions import Completion, complete
+from reelforge.engine.enhance.dialogue import Dialogue, DialogueConfig
+from reelforge.engine.enhance.language_model import LanguageModel
+from reelforge.engine.io.model_files import read_json, write_json
+
+_FILE = "rewriter.json"  # beside the language model's files
+
+
+@dataclass(frozen=True)
+class RewriterConfig:
+    """How a rewriter answers.
+
+    Attributes:
+        temperature: 0 takes the likeliest words.
+        seed: of the words above temperature 0.
+        timeout_s: of a batch; what is not finished by then is not rewritten.
+        batch_size: requests at a time.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    timeout_s: float = 30.0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        require_positive(self, "timeout_s", "batch_size")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}.", "It must be 0 (the likeliest words) or more.")
+
+
+@dataclass(frozen=True)
+class Enhanced:
+    """What became of a request.
+
+    Attributes:
+        request: as the user wrote it.
+        prompt: to generate from.
+        kept: why the prompt is the request; empty when it was rewritten.
+    """
+
+    request: str
+    prompt: str
+    kept: str = ""
+
+
+class Rewriter:
+    """Answers requests.
+
+    Args:
+        language: the model.
+        dialogue: its format.
+        config: how it answers.
+        fits: whether a prompt is short enough for the generator's text encoder.
+        cache: a JSONL file of earlier answers of the same model and settings; None keeps them in memory.
+    """
+
+    def __init__(
+        self,
+        language: LanguageModel,
+        dialogue: Dialogue,
+        config: RewriterConfig,
+        fits: Callable[[str], bool] = lambda prompt: True,
+        cache: Path | None = None,
+    ) -> None:
+        self.language, self.dialogue, self.config, self.fits = language, dialogue, config, fits
+        settings = dataclasses.replace(config, timeout_s=1.0, batch_size=1)
+        self._name = "-".join((language.fingerprint, *map(configuration.fingerprint, (dialogue.config, settings))))
+        lines = read_jsonl(cache) if cache else ()
+        self._known: dict[str, str] = {line["key"]: line["prompt"] for line in lines}
+        self._log = JsonlLog(cache) if cache else None
+
+    def __call__(self, requests: Sequence[str]) -> list[Enhanced]:
+        """One :class:`Enhanced` per request, in order."""
+        found: dict[str, Enhanced] = {}
+        for request in dict.fromkeys(requests):
+            prompt = self._known.get(self._key(request))
+            kept = "" if prompt else self._as_it_is(request)
+            if prompt or kept:
+                found[request] = Enhanced(request, prompt or request, kept)
+        open_ = [request for request in dict.fromkeys(requests) if request not in found]
+        for start in range(0, len(open_), self.config.batch_size):
+            batch = open_[start : start + self.config.batch_size]
+            found |= {made.request: made for made in self._rewrite(batch)}
+        return [found[request] for request in requests]
+
+    def _as_it_is(self, request: str) -> str:
+        """Why a request is not put to the model; empty when it is."""
+        if not self.dialogue.plain(request):
+            return "the prompt is empty"
+        words = len(request.split())
+        if words > self.dialogue.config.max_request_words:
+            return f"the prompt is complete with {words} words"
+        room = getattr(self.language.model.config, "max_position_embeddings", None)
+        needed = len(self.dialogue.ask(request)) + self.dialogue.config.max_new_tokens
+        if room and needed > room:
+            return f"prompt and answer take {needed} tokens, and the language model has room for {room}"
+        return ""
+
+    def _rewrite(self, requests: Sequence[str]) -> list[Enhanced]:
+        dialogue, config = self.dialogue, self.config
+        answers = complete(
+            self.language,
+            [dialogue.ask(request) for request in requests],
+            dialogue.config.max_new_tokens,
+            [rng.key("rewrite:" + request, config.seed) for request in requests] if config.temperature else None,
+            config.temperature or 1.0,
+            config.timeout_s,
+        )
+        made = [self._judge(request, answer) for request, answer in zip(requests, answers, strict=True)]
+        self._keep([each for each in made if not each.kept])
+        return made
+
+    def _judge(self, request: str, answer: Completion) -> Enhanced:
+        prompt = self.dialogue.read(answer.ids)
+        if not answer.finished:
+            long = len(answer.ids) >= self.dialogue.config.max_new_tokens
+            why = f"the answer has more than {len(answer.ids)} tokens" if long else "the answer took too long"
+        elif prompt is None:
+            why = "the answer is not in form"
+        elif not self.fits(prompt):
+            why = "the answer is too long for the text encoder"
+        else:
+            return Enhanced(request, prompt)
+        return Enhanced(request, request, why)
+
+    def _keep(self, made: Sequence[Enhanced]) -> None:
+        self._known |= {self._key(each.request): each.prompt for each in made}
+        if self._log:
+            for each in made:
+                self._log.write(key=self._key(each.request), request=each.request, prompt=each.prompt)
+
+    def _key(self, request: str) -> str:
+        return hashlib.sha256(f"{self._name}\0{request}".encode()).hexdigest()[:32]
+
+
+def save_rewriter(language: LanguageModel, dialogue: DialogueConfig, folder: Path) -> None:
+    """Write a folder that :func:`load_rewriter` reads, and transformers too."""
+    language.save(folder)
+    write_json(folder / _FILE, dataclasses.asdict(dialogue))
+
+
+def load_rewriter(
+    folder: Path,
+    config: RewriterConfig = RewriterConfig(),
+    device: torch.device | str = "cpu",
+    fits: Callable[[str], bool] = lambda prompt: True,
+    cache: Path | None = None,
+) -> Rewriter:
+    """A rewriter from its folder; any instruction-tuned model's folder will do, asked in the default words.
+
+    Raises:
+        ConfigError, CheckpointError: the folder is not one.
+    """
+    half = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    language, path = LanguageModel.load(folder, half, device), folder / _FILE
+    words = configuration.build(DialogueConfig, read_json(path), f"{path}: ") if path.exists() else DialogueConfig()
+    return Rewriter(language, Dialogue(words, language.tokenizer), config, fits, cache)
