@@ -10,6 +10,7 @@ import numpy as np
 
 from reelforge.bench.evaluation import REWARDS, VOTERS, Evaluation, EvaluationConfig, Measured, chunk_seconds, recovery
 from reelforge.bench.exam import Exam
+from reelforge.bench.toy import calibration
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
 from reelforge.engine.core.metrics import read_jsonl
@@ -22,7 +23,6 @@ from reelforge.engine.judge.results import Calibration, Results, StageResult
 from reelforge.engine.judge.sheets import Row, Sheet
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
-from reelforge.engine.rewards import calibration
 
 _SHEET_ROWS, _FAILURES = 10, 6
 _NOTE = (

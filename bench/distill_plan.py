@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from reelforge.bench.distill_cycle import STILL, STILL_CRITIC, settings
+from reelforge.bench.distill_forecast import Forecast, network, price_dmd, simulated
 from reelforge.bench.distill_world import World
-from reelforge.engine.distill.forecast import Forecast, network, price_dmd, simulated
 from reelforge.engine.distill.trainer import DmdTask
 from reelforge.engine.model.wan import WanTransformer
 

@@ -20,6 +20,7 @@ from reelforge.bench.cases.case import Case, Work
 from reelforge.bench.distill_backward import Checks, Comparison, check, compare
 from reelforge.bench.distill_cost import Network
 from reelforge.bench.distill_cycle import Bench, Cycle, Split, times
+from reelforge.bench.distill_forecast import Forecast
 from reelforge.bench.distill_plan import CRITIC_TURN, STUDENT_TURN, plan
 from reelforge.bench.distill_world import World, label_of
 from reelforge.bench.records import Derived, Memory, Quality, Record, Stamps
@@ -29,7 +30,6 @@ from reelforge.bench.session import Session
 from reelforge.bench.stamps import Sampler as ClockSampler
 from reelforge.bench.tables import lines
 from reelforge.bench.timing import spread
-from reelforge.engine.distill.forecast import Forecast
 from reelforge.engine.distill.trainer import REPLAY_TOLERANCE
 
 OP = "distill_cycle"

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reelforge.bench.toy.held_out import Basis, HeldOut, frechet
+from reelforge.bench.toy.render import render
+from reelforge.bench.toy.verifiers import ToyVerifier
+from reelforge.bench.toy.world import Scene, captions, scenes
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.progress import track
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_render import render
-from reelforge.engine.data.toy_world import Scene, captions, scenes
 from reelforge.engine.judge.bootstrap import Interval, ratio_interval
 from reelforge.engine.judge.gsb import Verifier
 from reelforge.engine.judge.results import Score, score_clips, score_set
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
-from reelforge.engine.rewards.held_out import Basis, HeldOut, frechet
-from reelforge.engine.rewards.verifiers import ToyVerifier
 
 # Rewards are what a later stage trains on: they never vote. Nor does what shares their fit (background, rim,
 # accuracies), nor what a blurred clip wins (manifold and flicker themselves).

@@ -15,6 +15,7 @@ from typing import Any
 
 from reelforge.bench.drive import Drive, placed
 from reelforge.bench.examiner import Examiner
+from reelforge.bench.rl_forecast import trained_states
 from reelforge.bench.rl_study_report import Arm, Outcome, Training, acceptance, axes, markdown, to_table
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware
@@ -22,7 +23,6 @@ from reelforge.engine.core.errors import ConfigError, TrainingError
 from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.metrics import read_jsonl, training_time
 from reelforge.engine.core.progress import say
-from reelforge.engine.rl.forecast import trained_states
 from reelforge.engine.rl.plan import Planner, evaluations
 from reelforge.engine.rl.prompts import read_prompts
 from reelforge.engine.rl.recipe import RlhfConfig

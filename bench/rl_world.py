@@ -95,13 +95,13 @@ def from_folder(folder: Path, device: torch.device) -> World:
     Raises:
         CheckpointError: it is not a model folder.
     """
-    from reelforge.engine.data.toy_world import captions, scenes
+    from reelforge.bench.toy.verifiers import ToyVerifier
+    from reelforge.bench.toy.world import captions, scenes
     from reelforge.engine.model.codec import ReelforgeCodec
     from reelforge.engine.model.folder import load_codec, load_generation_defaults, load_text_encoder
     from reelforge.engine.model.generation import latent_shape
     from reelforge.engine.model.generator import decode_uint8
     from reelforge.engine.model.weights import load_transformer
-    from reelforge.engine.rewards.registry import build_scorer
 
     defaults, codec, encoder = load_generation_defaults(folder), load_codec(folder, device), load_text_encoder(folder)
     prompts = tuple(captions(scene)[0] for scene in scenes()[::53])[:PROMPTS]
@@ -109,14 +109,14 @@ def from_folder(folder: Path, device: torch.device) -> World:
     adapted = device.type == "cuda"
     model = load_transformer(folder / "transformer", torch.bfloat16 if adapted else None, device)
     miniature = isinstance(codec, ReelforgeCodec)  # the toy world's scorers know only its pictures
-    scorers: list[Scorer] = [build_scorer("toy", defaults.video) if miniature else Level()]
+    scorer: Scorer = ToyVerifier(defaults.video) if miniature else Level()
 
     def decode(latents: Tensor) -> Tensor:
         return torch.from_numpy(decode_uint8(codec, latents))
 
     return World(
         folder.resolve().name, model, _trained(model, adapted), text, prompts, latent_shape(codec, defaults.video),
-        defaults.schedule, defaults.guidance_scale, "bf16" if adapted else "fp32", decode, scorers,
+        defaults.schedule, defaults.guidance_scale, "bf16" if adapted else "fp32", decode, [scorer],
     )  # fmt: skip
 
 

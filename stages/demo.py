@@ -15,6 +15,8 @@ import numpy as np
 
 from reelforge.bench.demo_report import Entrant, StageCost, judge_and_report
 from reelforge.bench.evaluation import EvaluationConfig
+from reelforge.bench.toy import render
+from reelforge.bench.toy.world import captions, scenes
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
@@ -23,10 +25,8 @@ from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data import toy_render
 from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
-from reelforge.engine.data.toy_world import captions, scenes
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
@@ -63,7 +63,7 @@ class WorldConfig:
     base_clips: int
     curated_clips: int
     codec_clips: int
-    video: VideoSpec = toy_render.TOY_SPEC
+    video: VideoSpec = render.TOY_SPEC
 
 
 @dataclass(frozen=True)
@@ -156,13 +156,13 @@ class Demo:
 
     def _render(self) -> None:
         world, seed = self.config.world, self.config.seed
-        sets = {"base": (world.base_clips, toy_render.WEB), "curated": (world.curated_clips, toy_render.CAPTIONED)}
+        sets = {"base": (world.base_clips, render.WEB), "curated": (world.curated_clips, render.CAPTIONED)}
         for number, (name, (count, rates)) in enumerate(sets.items()):
             folder = self.videos / name
             if len(list(folder.glob("*.txt"))) < count:
                 folder.mkdir(parents=True, exist_ok=True)
                 set_seed = rng.key("demo_set", seed, number)
-                toy_render.write_flawed(folder, count, set_seed, "train", rates, world.video)
+                render.write_flawed(folder, count, set_seed, "train", rates, world.video)
 
     def _make_model(self) -> None:
         if self.model.exists():

@@ -8,11 +8,11 @@ from typing import Any
 import av
 import torch
 
+from reelforge.bench.distill_forecast import Forecast, Ledger, network, price_dmd, price_init, simulated
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, probe
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.probe import Finding
-from reelforge.engine.distill.forecast import Forecast, Ledger, network, price_dmd, price_init, simulated
 from reelforge.engine.distill.trainer import DmdTask, Student
 from reelforge.engine.flow.schedule import FlowSchedule, Grid
 from reelforge.engine.io.model_files import read_json

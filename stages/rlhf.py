@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from reelforge.bench.rl_forecast import Forecast, memory, probe, work
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.files import replace_file
@@ -17,7 +18,6 @@ from reelforge.engine.core.run_dir import RunDir, check_same
 from reelforge.engine.model.lora import save_adapter
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.weights import save_transformer
-from reelforge.engine.rl.forecast import Forecast, memory, probe, work
 from reelforge.engine.rl.origin import check_continued, check_ranks
 from reelforge.engine.rl.recipe import RlhfConfig, decisive
 from reelforge.engine.train.loop import Hooks, TrainLoop

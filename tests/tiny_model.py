@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from reelforge.bench.toy import render
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data import toy_render
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
@@ -29,7 +29,7 @@ TINY_VIDEO = VideoSpec(num_frames=9, height=16, width=16, fps=16.0)
 
 def make_model_folder(root: Path) -> Path:
     """A random transformer, a codec fitted in closed form, seeded text embeddings; two steps, no guidance."""
-    clips = [toy_render.make_clip(1, index, spec=TINY_VIDEO).frames for index in range(24)]
+    clips = [render.make_clip(1, index, spec=TINY_VIDEO).frames for index in range(24)]
     transformer = WanTransformer.from_config(TINY_TRANSFORMER, seed=1)
     head = transformer.proj_out.weight
     head.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))

@@ -18,6 +18,7 @@ PROMPTS = [
     "a cyan square moving left",
     "a red triangle moving right",
 ]
+TOY_REWARDS = "reelforge.bench.toy.verifiers:ToyVerifier"
 
 
 def recipe_table(root: Path, model: Path, **changes: object) -> dict:

@@ -57,7 +57,7 @@ def uniforms(keys: Sequence[int], count: int, device: torch.device | str = "cpu"
 
 
 def gumbel(keys: Sequence[int], count: int, device: torch.device | str = "cpu") -> Tensor:
-    """Standard Gumbel noise -log(-log u), float32 ``[len(keys), count]``: argmax(logits + it) draws from softmax(logits).
+    """Standard Gumbel noise, float32 ``[len(keys), count]``: argmax(logits + it) draws from softmax(logits).
 
     The uniforms are read from below, -log(-log1p(-u)): there they are 2^-31 apart, so large values keep their tail.
     """

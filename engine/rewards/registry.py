@@ -12,8 +12,6 @@ from reelforge.engine.rewards.contract import Scorer
 
 _OURS = "reelforge.engine.rewards."
 _BUILT_IN = {
-    "toy": _OURS + "verifiers:ToyVerifier",
-    "toy_held_out": _OURS + "toy_held_out:ToyHeldOut",
     "picture": _OURS + "picture:PictureStatistics",
     "clip": _OURS + "clip_score:ClipScore",
     "pick": _OURS + "clip_score:PickScore",
@@ -26,8 +24,7 @@ def build_scorer(name: str, video: VideoSpec) -> Scorer:
     Args:
         name: a built-in one, or ``package.module:Class`` of your own, see
             :class:`~reelforge.engine.rewards.contract.Scorer`. It is called with ``video``, and with what follows a
-            ``=`` as a string: ``clip=models/clip-vit-large-patch14``. Built in are ``toy`` (vq, mq and ta of the toy
-            world), ``toy_held_out`` or ``toy_held_out=MODEL_FOLDER`` (what no toy reward sees), ``picture``
+            ``=`` as a string: ``clip=models/clip-vit-large-patch14``. Built in are ``picture``
             (statistics of any video), ``clip=FOLDER`` and ``pick=FOLDER`` (CLIP and PickScore text alignment).
 
     Raises:

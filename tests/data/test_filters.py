@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from reelforge.bench.toy.render import FlawRates, make_clip
 from reelforge.engine.core import config as configuration
 from reelforge.engine.data.filters import FilterConfig, Range, ScoreRange, Stats, first_fault, measure, write_report
 from reelforge.engine.data.manifest import Reject, Sample
-from reelforge.engine.data.toy_render import FlawRates, make_clip
 from reelforge.engine.io.video import VideoInfo
 
 INFO = VideoInfo(width=96, height=64, fps=16.0, duration_s=1.5, codec="h264")

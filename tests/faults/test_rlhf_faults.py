@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from planted_scorers import Bright
 from tiny_model import make_model_folder
-from tiny_rlhf import PROMPTS, config_of, lines, newest, watched, weights
+from tiny_rlhf import PROMPTS, TOY_REWARDS, config_of, lines, newest, watched, weights
 
 from reelforge.engine.core.errors import DataError, ReelforgeError, TrainingError
 from reelforge.engine.core.metrics import read_jsonl
@@ -35,7 +35,7 @@ def config(root: Path, model: Path, **changes: object) -> RlhfConfig:
     """Two rewards, a momentum and a running scale to lose; two updates a rollout; checkpoints that fall between."""
     root.mkdir(exist_ok=True)
     settings = {
-        "rewards": ["toy", "planted_scorers:Bright"],
+        "rewards": [TOY_REWARDS, "planted_scorers:Bright"],
         "updates_per_rollout": 2,
         "train__steps": STEPS,
         "train__checkpoint_every": 3,

@@ -7,10 +7,10 @@ from torch import Tensor
 
 pytest.importorskip("av")
 
+from reelforge.bench.toy.render import CLEAN, WEB, FlawRates, make_clip
+from reelforge.bench.toy.world import Split
 from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_render import CLEAN, WEB, FlawRates, make_clip
-from reelforge.engine.data.toy_world import Split
 from reelforge.engine.model.codec import WEIGHTS, CodecConfig, ReelforgeCodec, pad_causal
 from reelforge.engine.model.codec_fit import fit
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from reelforge.bench.toy.render import TOY_SPEC, make_clip
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data import filters
-from reelforge.engine.data.toy_render import TOY_SPEC, make_clip
 from reelforge.engine.io.video import VideoInfo
 from reelforge.engine.rewards.picture import PictureStatistics, grid_shares
 from reelforge.engine.rewards.scoring import Scoring, ScoringConfig

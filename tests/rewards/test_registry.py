@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from reelforge.bench.toy.render import TOY_SPEC
+from reelforge.bench.toy.verifiers import ToyVerifier
 from reelforge.engine.core.errors import ConfigError, ReelforgeError
-from reelforge.engine.data.toy_render import TOY_SPEC
 from reelforge.engine.rewards.picture import PictureStatistics
 from reelforge.engine.rewards.registry import build_scorer, build_scorers
-from reelforge.engine.rewards.verifiers import ToyVerifier
 
 OWN = """
 import torch
@@ -62,7 +62,7 @@ def own(tmp_path: Path, monkeypatch) -> str:
 
 
 def test_built_in_ones_by_name() -> None:
-    scorers = build_scorers(["toy", "picture"], TOY_SPEC)
+    scorers = build_scorers(["reelforge.bench.toy.verifiers:ToyVerifier", "picture"], TOY_SPEC)
     assert [type(scorer) for scorer in scorers] == [ToyVerifier, PictureStatistics]
     assert scorers[0].axes == ("vq", "mq", "ta")
 
@@ -75,14 +75,14 @@ def test_your_own_gets_the_video_and_what_follows_the_sign(own: str) -> None:
 @pytest.mark.parametrize(
     ("name", "what", "hint"),
     [
-        ("toi", "no scorer 'toi'", "Did you mean 'toy'"),
+        ("clop", "no scorer 'clop'", "Did you mean 'clip'"),
         ("hpsv3", "no scorer 'hpsv3'", "package.module:Class"),
         ("", "no scorer ''", "package.module:Class"),
-        ("toy=3", "too many positional arguments", "Write 'toy', without '='."),
+        ("picture=3", "too many positional arguments", "Write 'picture', without '='."),
         ("clip", "missing a required argument: 'folder'", "Write 'clip=FOLDER'."),
         ("pick", "missing a required argument: 'folder'", "Write 'pick=FOLDER'."),
         ("clip=/nowhere/clip", "no folder /nowhere/clip", "model.safetensors"),
-        ("toy_held_out=/nowhere", "/nowhere/vae/config.json", "model folder"),
+        ("reelforge.bench.toy.scorer:ToyHeldOut=/nowhere", "/nowhere/vae/config.json", "model folder"),
         ("no_such_module:Thing", "cannot be imported", "PYTHONPATH"),
         (":Thing", "cannot be imported", "spelling"),
         ("half_done:Thing", "a_package_that_nobody_has", "install"),

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from reelforge.bench.toy.render import CURATED, make_clip
+from reelforge.bench.toy.verifiers import ToyVerifier
+from reelforge.bench.toy.world import captions
 from reelforge.engine.core.errors import ConfigError, TrainingError
-from reelforge.engine.data.toy_render import CURATED, make_clip
-from reelforge.engine.data.toy_world import captions
 from reelforge.engine.rewards.contract import Scores
 from reelforge.engine.rewards.scoring import Scoring, ScoringConfig
-from reelforge.engine.rewards.verifiers import ToyVerifier
 from reelforge.kernels.frames import to_uint8
 
 PROMPTS = ["a", "bb", "ccc", "dddd"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from reelforge.engine.rl.forecast import Forecast, Rates, memory, probe, trained_states, work
+from reelforge.bench.rl_forecast import Forecast, Rates, memory, probe, trained_states, work
 from reelforge.engine.rl.plan import Group, PlanConfig, Planner
 
 RATES = Rates(row_s=0.5, train_s=4.0, decode_s=1.0, velocity_bytes=100, peak_bytes=0)

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from tiny_model import TINY_VIDEO, make_model_folder
 
-from reelforge.engine.data import toy_render
+from reelforge.bench.toy import render
 
 
 @pytest.fixture(scope="session")
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 mp4 files with caption twins."""
     folder = tmp_path_factory.mktemp("clips")
-    toy_render.write_flawed(folder, 24, seed=0, rates=toy_render.CLEAN, spec=TINY_VIDEO)
+    render.write_flawed(folder, 24, seed=0, rates=render.CLEAN, spec=TINY_VIDEO)
     return folder
 
 

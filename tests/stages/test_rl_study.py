@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tomli_w
-from tiny_rlhf import PROMPTS, lines, recipe_table
+from tiny_rlhf import PROMPTS, TOY_REWARDS, lines, recipe_table
 
 from reelforge.bench import rl_study
 from reelforge.bench.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
@@ -50,7 +50,7 @@ def demo(tmp_path_factory, model_folder: Path, clips_folder: Path) -> Path:
 def recipe(tmp_path_factory, model_folder: Path) -> Path:
     root = tmp_path_factory.mktemp("recipe")
     path = root / "recipe.toml"
-    path.write_text(tomli_w.dumps(recipe_table(root, model_folder, rewards=["toy"])))
+    path.write_text(tomli_w.dumps(recipe_table(root, model_folder, rewards=[TOY_REWARDS])))
     return path
 
 

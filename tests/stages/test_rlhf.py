@@ -11,7 +11,7 @@ import tomli_w
 import torch
 from diffusers import WanTransformer3DModel
 from planted_scorers import Failing
-from tiny_rlhf import PROMPTS, config_of, lines, recipe_table, watched, weights
+from tiny_rlhf import PROMPTS, TOY_REWARDS, config_of, lines, recipe_table, watched, weights
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import CheckpointError, ConfigError, TrainingError
@@ -58,7 +58,12 @@ STATES = {"ours": 4, "flash": 32, "flow": 64, "mix": 4 * (1 + 4)}
 
 @pytest.mark.parametrize("preset", ["ours", "flash", "flow", "dance", "mix"])
 def test_every_preset_runs(model_folder, tmp_path, capsys, preset):
-    arguments = ["rlhf", recipe_file(tmp_path, model_folder, rewards=["toy"]), "--preset", preset]
+    arguments = [
+        "rlhf",
+        recipe_file(tmp_path, model_folder, rewards=[TOY_REWARDS]),
+        "--preset",
+        preset,
+    ]
     assert main(arguments) == 0
     told = capsys.readouterr()
     done = json.loads(told.out)
@@ -167,7 +172,7 @@ BAD = {
     "steps outside the schedule": ({"plan__steps": [0, 5]}, "plan.steps is [0, 5]", "may end at 4"),
     "a falling range": ({"plan__steps": [2, 1]}, "plan.steps is [2, 1]", "rising range"),
     "noises that do not divide": ({"plan__distinct_noise": 3}, "is 3 and group_size 4", "that does is 2"),
-    "an unknown scorer": ({"rewards": ["toi"]}, "There is no scorer 'toi'", "Did you mean 'toy'?"),
+    "an unknown scorer": ({"rewards": ["clop"]}, "There is no scorer 'clop'", "Did you mean 'clip'?"),
     "no scorer": ({"rewards": []}, "rewards is empty", "Name a scorer"),
     "a missing module": ({"rewards": ["nowhere:Mine"]}, "'nowhere:Mine'", ""),
     "one scorer twice": ({"rewards": ["planted_scorers:Bright"] * 2}, "bright, bright", "one scorer"),

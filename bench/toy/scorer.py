@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from reelforge.bench.toy import calibration
+from reelforge.bench.toy.held_out import HeldOut
 from reelforge.engine.core import rng
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.model.folder import load_codec
 from reelforge.engine.model.generator import through_codec
-from reelforge.engine.rewards import calibration
 from reelforge.engine.rewards.contract import Scores
-from reelforge.engine.rewards.held_out import HeldOut
 
 _SEED = rng.key("toy_held_out")  # other true clips than a report's: what stops a run does not judge it
 _TRUE_CLIPS = 128

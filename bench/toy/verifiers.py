@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reelforge.bench.toy.render import REFERENCE_SIDE, TOY_SPEC
+from reelforge.bench.toy.template_fit import Fit, TemplateFit
+from reelforge.bench.toy.world import FACTORS, MOTIONS, SPEEDS, parse_prompt
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_render import REFERENCE_SIDE, TOY_SPEC
-from reelforge.engine.data.toy_world import FACTORS, MOTIONS, SPEEDS, parse_prompt
 from reelforge.engine.rewards.contract import Scores
-from reelforge.engine.rewards.template_fit import Fit, TemplateFit
 
 _MSE_FLOOR = 3e-4
 _MQ_FLOOR = -4.0
@@ -64,7 +64,7 @@ def asked(prompts: Sequence[str]) -> dict[str, Tensor]:
 class ToyVerifier:
     """A :class:`~reelforge.engine.rewards.contract.Scorer` on the axes ``vq``, ``mq`` and ``ta``."""
 
-    axes = ("vq", "mq", "ta")
+    axes: tuple[str, ...] = ("vq", "mq", "ta")
 
     def __init__(self, spec: VideoSpec = TOY_SPEC) -> None:
         self.spec = spec

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from reelforge.bench.toy import render
+from reelforge.bench.toy.held_out import Basis
+from reelforge.bench.toy.render import CLEAN, TOY_SPEC, FlawRates, make_clip
+from reelforge.bench.toy.world import captions
 from reelforge.engine.core import rng
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data import toy_render
-from reelforge.engine.data.toy_render import CLEAN, TOY_SPEC, FlawRates, make_clip
-from reelforge.engine.data.toy_world import captions
-from reelforge.engine.rewards.held_out import Basis
 
 _LEVEL = 0.06  # amplitude of noise, checkerboards and pulsing: plainly visible, far from destroying the clip
 _FLAWS = {
@@ -23,8 +23,8 @@ _FLAWS = {
     "slow motion": FlawRates(slow_motion=1.0),
     "soft picture": FlawRates(blur=1.0),
     "wrong words": FlawRates(wrong_word=0.5),
-    "web": toy_render.WEB,
-    "curated": toy_render.CURATED,
+    "web": render.WEB,
+    "curated": render.CURATED,
     "all flaws": FlawRates(1.0, 1.0, 1.0, 1.0, 0.5),
 }
 

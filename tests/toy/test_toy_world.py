@@ -10,9 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reelforge.engine.core import rng
-from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_render import (
+from reelforge.bench.toy.render import (
     RADIUS,
     SLOW_MOTION_PACE,
     TOY_SPEC,
@@ -25,7 +23,7 @@ from reelforge.engine.data.toy_render import (
     write_clean,
     write_flawed,
 )
-from reelforge.engine.data.toy_world import (
+from reelforge.bench.toy.world import (
     BACKGROUNDS,
     COLOURS,
     FACTORS,
@@ -36,6 +34,8 @@ from reelforge.engine.data.toy_world import (
     parse_prompt,
     scenes,
 )
+from reelforge.engine.core import rng
+from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.io.video import read_video
 
 EVERY = scenes("all")

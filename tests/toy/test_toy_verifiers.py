@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from reelforge.bench.toy.render import CLEAN, TOY_SPEC, FlawRates, make_clip, path
+from reelforge.bench.toy.template_fit import TemplateFit, _vertex
+from reelforge.bench.toy.verifiers import ToyVerifier, asked, beliefs, reference_velocity
+from reelforge.bench.toy.world import BACKGROUNDS, COLOURS, FACTORS, captions
 from reelforge.engine.core import rng
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_render import CLEAN, TOY_SPEC, FlawRates, make_clip, path
-from reelforge.engine.data.toy_world import BACKGROUNDS, COLOURS, FACTORS, captions
-from reelforge.engine.rewards.template_fit import TemplateFit, _vertex
-from reelforge.engine.rewards.verifiers import ToyVerifier, asked, beliefs, reference_velocity
 
 WIDE = VideoSpec(num_frames=9, height=40, width=56, fps=8.0)
 

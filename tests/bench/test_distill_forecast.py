@@ -9,9 +9,9 @@ from torch import Tensor
 
 from reelforge.bench import wan_cost
 from reelforge.bench.cases.case import Shape
+from reelforge.bench.distill_forecast import Forecast, Ledger, forward_flops, network, price_dmd, simulated
 from reelforge.bench.rl_training import saved_bytes
 from reelforge.engine.distill.dmd import DmdConfig
-from reelforge.engine.distill.forecast import Forecast, Ledger, forward_flops, network, price_dmd, simulated
 from reelforge.engine.distill.self_forcing import replay, roll_out
 from reelforge.engine.distill.trainer import DmdTask, RolloutConfig, Student
 from reelforge.engine.distill.turns import Turns

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reelforge.engine.core import rng as random
-from reelforge.engine.core.files import replace_file
-from reelforge.engine.core.progress import track
-from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_world import (
+from reelforge.bench.toy.world import (
     BACKGROUNDS,
     COLOURS,
     MOTIONS,
@@ -28,6 +24,10 @@ from reelforge.engine.data.toy_world import (
     misdescribe,
     scenes,
 )
+from reelforge.engine.core import rng as random
+from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.progress import track
+from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.io.video import write_video
 
 TOY_SPEC = VideoSpec(num_frames=17, height=32, width=32, fps=16.0)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reelforge.engine.data.toy_render import CLEAN, TOY_SPEC, make_clip
-from reelforge.engine.data.toy_world import captions
+from reelforge.bench.toy import calibration
+from reelforge.bench.toy.calibration import DAMAGES
+from reelforge.bench.toy.render import CLEAN, TOY_SPEC, make_clip
+from reelforge.bench.toy.scorer import ToyHeldOut
+from reelforge.bench.toy.world import captions
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
 from reelforge.engine.model.generator import decode_uint8
-from reelforge.engine.rewards import toy_held_out
-from reelforge.engine.rewards.calibration import DAMAGES
 from reelforge.engine.rewards.scoring import Scoring, ScoringConfig
-from reelforge.engine.rewards.toy_held_out import ToyHeldOut
 
 AXES = ("texture", "steadiness", "typicality", "background", "rim")
 
@@ -97,7 +97,7 @@ def test_truth_can_be_seen_through_a_codec(tmp_path: Path, clips: tuple[Tensor, 
 
 
 def test_the_basis_is_learnt_once_a_process(scorer: ToyHeldOut, monkeypatch) -> None:
-    monkeypatch.setattr(toy_held_out.calibration, "learn_basis", None)
+    monkeypatch.setattr(calibration, "learn_basis", None)
     assert ToyHeldOut(TOY_SPEC).held_out is scorer.held_out
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from reelforge.engine.data.toy_world import NAMES, Scene, captions, parse_prompt
+from reelforge.bench.toy.world import NAMES, Scene, captions, parse_prompt
 
 Phrasings = Literal["train", "held_out"]
 

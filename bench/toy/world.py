@@ -56,7 +56,7 @@ _TEMPLATES = (
     "on a {background} background, a {colour} {shape} drifts {towards} at a {speed} pace",
     "a still camera watches a {colour} {shape} travel {adverb} {towards} over a clean {background} background",
 )
-# What people call a value, the captions' own name first; see toy_requests.
+# What people call a value, the captions' own name first; see requests.py.
 NAMES: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "ball", "disc", "dot"),
     "square": ("square", "box", "block", "tile"),

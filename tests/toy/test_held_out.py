@@ -7,11 +7,11 @@ import pytest
 import scipy.linalg
 import torch
 
-from reelforge.engine.data.toy_render import make_clip
-from reelforge.engine.data.toy_world import captions
-from reelforge.engine.rewards.calibration import DAMAGES, known_clips, learn_basis
-from reelforge.engine.rewards.held_out import Basis, HeldOut, _flicker, _principal_axes, frechet
-from reelforge.engine.rewards.verifiers import ToyVerifier
+from reelforge.bench.toy.calibration import DAMAGES, known_clips, learn_basis
+from reelforge.bench.toy.held_out import Basis, HeldOut, _flicker, _principal_axes, frechet
+from reelforge.bench.toy.render import make_clip
+from reelforge.bench.toy.verifiers import ToyVerifier
+from reelforge.bench.toy.world import captions
 
 Row = dict[str, float]
 

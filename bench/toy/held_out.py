@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from reelforge.bench.toy.render import TOY_SPEC
+from reelforge.bench.toy.template_fit import Fit, TemplateFit
+from reelforge.bench.toy.verifiers import asked, beliefs
+from reelforge.bench.toy.world import BACKGROUNDS, FACTORS
 from reelforge.engine.core import rng
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.toy_render import TOY_SPEC
-from reelforge.engine.data.toy_world import BACKGROUNDS, FACTORS
 from reelforge.engine.rewards.contract import Scores
-from reelforge.engine.rewards.template_fit import Fit, TemplateFit
-from reelforge.engine.rewards.verifiers import asked, beliefs
 
 _PATCH, _PATCH_STRIDE, _PATCH_AXES = 8, 6, 40  # the stride meets grids of 8 pixels in every phase
 _CHANNELS, _FEATURE_AXES = (24, 48), 24

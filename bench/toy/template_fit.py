@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reelforge.engine.data.toy_render import RADIUS, SOFT_EDGE, coverage, scale_of
-from reelforge.engine.data.toy_world import BACKGROUNDS, COLOURS, SHAPES
+from reelforge.bench.toy.render import RADIUS, SOFT_EDGE, coverage, scale_of
+from reelforge.bench.toy.world import BACKGROUNDS, COLOURS, SHAPES
 
 _PROBE_RADIUS = 6.0
 _SIZE_STEP, _SIZE_COUNT = 0.6, 5  # radii 5.0 ... 7.4 round the middle of RADIUS
