@@ -10,6 +10,7 @@ import numpy as np
 
 from reelforge.bench.evaluation import REWARDS, VOTERS, Evaluation, EvaluationConfig, Measured, chunk_seconds, recovery
 from reelforge.bench.exam import Exam
+from reelforge.bench.rewrites import Rewrite, held_out_requests, kept
 from reelforge.bench.toy import calibration
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
@@ -25,12 +26,19 @@ from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 
 _SHEET_ROWS, _FAILURES = 10, 6
+_HEALTH = {
+    "cosine of successive gradients": "gradient_cosine",
+    "distance to the model before": "kl_reference",
+    "share of answers out of form": "malformed",
+}
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
-    "saw; a stage with a guidance is the one before it, sampled with that guidance at twice the cost, and the student "
-    "decodes frame by frame in a few steps. Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what "
-    "rlhf trains on; votes come from measures that no stage trains on and that share nothing with the rewards. The "
-    "truth is clean renderings of the same scenes, through the codec."
+    "saw; the student decodes frame by frame in a few steps. Columns named after a request are asked for the same "
+    "scenes in a user's words, in phrasings that no rewriter saw, and judged by the request: raw, in the template that "
+    "earned most on training requests, rewritten after the rewriter's cold start, and after its GRPO (PE). Intervals "
+    "are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what rlhf and the rewriter train on; votes come from "
+    "measures that no stage trains on and that share nothing with the rewards. The truth is clean renderings of the "
+    "same scenes, through the codec."
 )
 
 
@@ -53,6 +61,7 @@ class Entrant:
         cost: of the training that made it; None for a model that is only sampled in another way.
         settings: how it is sampled, over the folder's defaults.
         teacher: the entrant that it was distilled from, if it was.
+        rewrite: turns requests, in a user's words, into prompts; None is given captions.
     """
 
     model: Path
@@ -60,6 +69,7 @@ class Entrant:
     cost: StageCost | None = None
     settings: tuple[str, ...] = ()
     teacher: str | None = None
+    rewrite: Rewrite | None = None
 
 
 def judge_and_report(
@@ -81,8 +91,13 @@ def judge_and_report(
     folders = {name: ModelFolder.load(entrant.model) for name, entrant in entrants.items()}
     first, base = next(iter(folders.items()))
     exam = Exam(config, base, seed)
+    requests = held_out_requests(config.prompts)
+    texts = {name: entrant.rewrite(requests) for name, entrant in entrants.items() if entrant.rewrite}
     evaluations = {
-        name: exam.evaluate(folder, entrants[name].settings, f"sampling {name}") for name, folder in folders.items()
+        name: exam.evaluate(
+            folder, entrants[name].settings, f"sampling {name}", 0, requests if name in texts else None, texts.get(name)
+        )
+        for name, folder in folders.items()
     }
     again = exam.evaluate(base, entrants[first].settings, f"sampling {first}, second noise", draw=1).measured
     say("scoring clips of known quality")
@@ -91,7 +106,7 @@ def judge_and_report(
         name: _student_note(folders[name], evaluations[name], evaluations[entrant.teacher], exam, entrant.teacher)
         for name, entrant in entrants.items()
         if entrant.teacher
-    }
+    } | {name: _rewrite_note(requests, written) for name, written in texts.items()}
     outcome = Results(
         stages=_stages(entrants, evaluations, exam, panel, notes),
         seed=seed,
@@ -106,7 +121,10 @@ def judge_and_report(
         config=_jsonable(configuration.to_table(recipe)),
     )
     results.write(outcome, root / "results.json")
-    write_report(outcome, _sheets(evaluations, exam, panel), _curves(entrants), report)
+    pages = _sheets({name: found for name, found in evaluations.items() if name not in texts}, exam, panel)
+    if texts:
+        pages.insert(1, _request_sheet({name: evaluations[name] for name in texts}, exam, texts))
+    write_report(outcome, pages, _curves(entrants), report)
     return report
 
 
@@ -127,9 +145,11 @@ def _stages(
     notes: Mapping[str, str],
 ) -> tuple[StageResult, ...]:
     """One result a column, each judged against its references."""
-    first, rows = next(iter(evaluations.values())).measured, []
+    rows: list[StageResult] = []
+    firsts: dict[bool, Measured] = {}  # a change is to the first column that was asked for the same
     for name, evaluation in evaluations.items():
         entrant, measured = entrants[name], evaluation.measured
+        first = firsts.setdefault(entrant.rewrite is None, measured)
         rows.append(
             StageResult(
                 name,
@@ -158,6 +178,15 @@ def _student_note(folder: ModelFolder, student: Evaluation, teacher: Evaluation,
         f"at 0, to {name}, at 1, with 1/{teacher.token_forwards / student.token_forwards:.1f} of its token-forwards. "
         f"One video alone: the first chunk after {chunks[0]} ms, the next ones in {', '.join(chunks[1:])} ms each, "
         "decoding not counted."
+    )
+
+
+def _rewrite_note(requests: Sequence[str], written: Sequence[str]) -> str:
+    found = kept(requests, written)
+    return (
+        f"{100 * found.preserved:.0f} % of the prompts still name all that the request names, "
+        f"{100 * found.copied:.0f} % are the request itself; {found.words:.0f} words on average. E.g. "
+        f"\u201c{requests[0]}\u201d becomes \u201c{written[0]}\u201d."
     )
 
 
@@ -195,6 +224,17 @@ def _sheets(evaluations: Mapping[str, Evaluation], exam: Exam, panel: Panel) -> 
     ]
 
 
+def _request_sheet(evaluations: Mapping[str, Evaluation], exam: Exam, texts: Mapping[str, Sequence[str]]) -> Sheet:
+    """What a request brings, with and without rewriting; the prompt of the last column is told."""
+    samples, last = exam.config.samples, list(texts.values())[-1]
+    sets = [exam.truth, *(evaluation.measured for evaluation in evaluations.values())]
+    rows = []
+    for clip in (np.linspace(0, len(exam.asked) - 1, _SHEET_ROWS).astype(int) // samples * samples).tolist():
+        pictures = tuple(measured.videos[clip].numpy() for measured in sets)
+        rows.append(Row(sets[1].prompts[clip], clip % samples, pictures, f"rewritten: {last[clip // samples]}"))
+    return Sheet("The same scenes in a user's words", ("truth", *evaluations), tuple(rows), exam.video.fps)
+
+
 def _curves(entrants: Mapping[str, Entrant]) -> list[Curve]:
     curves = []
     for name, entrant in entrants.items():
@@ -222,16 +262,17 @@ def _reward_curves(name: str, lines: Sequence[Mapping[str, Any]]) -> list[Curve]
     steps = np.array([float(line["step"]) for line in lines])
     first = lines[0]["reward"]
     rewards = {
-        axis: (steps, np.array([(line["reward"][axis]["mean"] - kind["mean"]) / kind["std"] for line in lines]))
+        axis: (steps, np.array([(line["reward"][axis]["mean"] - kind["mean"]) / (kind["std"] or 1) for line in lines]))
         for axis, kind in first.items()
     }
     health = {
         label: (steps, np.array([np.nan if line[key] is None else line[key] for line in lines], float))
-        for label, key in (("gradient cosine", "gradient_cosine"), ("distance to sft", "kl_reference"))
+        for label, key in _HEALTH.items()
+        if key in lines[0]
     }
     return [
         Curve(f"{name}: rewards of the training samples", rewards, "change, standard deviations", smooth=3),
-        Curve(f"{name}: cosine of successive gradients, distance to the model before", health, "", smooth=3),
+        Curve(f"{name}: {', '.join(health)}", health, "", smooth=3),
     ]
 
 

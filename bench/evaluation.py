@@ -212,21 +212,25 @@ def evaluate(
     batch_size: int,
     label: str,
     settings: Sequence[str] = (),
+    written: Sequence[str] | None = None,
 ) -> Evaluation:
     """Sample ``samples`` clips per prompt as ``generate`` does, and measure them.
 
     Args:
+        prompts: what is asked for; clips are measured against it, and it names their noise.
+        written: what the model is given in its place, one a prompt; None is the prompt itself.
         label: of the progress line.
         settings: ``key=value`` laid over the folder's defaults, as ``generate --set``.
     """
     generator = Generator(folder, resolve(folder.defaults, settings), seed)
-    jobs = [Job(prompt, member) for prompt in prompts for member in range(samples)]
+    texts = zip(written or prompts, prompts, strict=True)
+    jobs = [Job(text, member, prompt) for text, prompt in texts for member in range(samples)]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     start, clips = time.perf_counter(), []
     for batch in track(batches, label, total=len(batches)):
         clips.append(torch.from_numpy(decode_uint8(folder.codec, generator.latents(batch))))
     seconds = (time.perf_counter() - start) / len(jobs)
-    measured = judge.measure(torch.cat(clips), [job.prompt for job in jobs])
+    measured = judge.measure(torch.cat(clips), [job.request for job in jobs])
     return Evaluation(measured, generator.num_evaluations, generator.token_forwards, seconds)
 
 

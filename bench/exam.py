@@ -45,16 +45,26 @@ class Exam:
         self.truth = self.judge.calibrate(clean, self.asked, others)
         self.floor = self.judge.floor(self.truth)
 
-    def evaluate(self, folder: ModelFolder, settings: Sequence[str], label: str, draw: int = 0) -> Evaluation:
+    def evaluate(
+        self,
+        folder: ModelFolder,
+        settings: Sequence[str],
+        label: str,
+        draw: int = 0,
+        requests: Sequence[str] | None = None,
+        written: Sequence[str] | None = None,
+    ) -> Evaluation:
         """Sample a model and measure its clips.
 
         Args:
+            requests: other words for the same scenes than :attr:`prompts`.
+            written: what the model is given in their place.
             settings: how it is sampled, over the folder's defaults.
             label: of the progress line.
             draw: number of the noise; what is compared has the same.
         """
-        config, noise = self.config, rng.key("evaluation", self.seed, draw)
-        return evaluate(folder, self.judge, self.prompts, config.samples, noise, config.batch_size, label, settings)
+        config, noise, asked = self.config, rng.key("evaluation", self.seed, draw), requests or self.prompts
+        return evaluate(folder, self.judge, asked, config.samples, noise, config.batch_size, label, settings, written)
 
     def table(self, measured: Measured, reference: Measured | None = None) -> dict[str, Score]:
         """Means with intervals, and paired changes to ``reference``."""

@@ -58,6 +58,14 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", action="store_true", help="print memory and FLOPs from the models' configs, and stop")
 
 
+def _pipeline(parser: argparse.ArgumentParser) -> None:
+    _with_recipe(parser)
+    parser.add_argument(
+        "--skip", action="append", default=[], choices=("cache", "sft", "rlhf", "enhance", "distill"),
+        help="leave a stage out; repeatable",
+    )  # fmt: skip
+
+
 def _enhance(parser: argparse.ArgumentParser) -> None:
     _with_recipe(parser)
     parser.add_argument(
@@ -88,6 +96,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
 
 VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "demo": ("the whole chain in miniature, on a CPU, with a report", "demo", _demo),
+    "pipeline": ("every stage of a recipe in order, each from the one before", "pipeline", _pipeline),
     "cache": ("encode a folder of clips and captions for training", "cache", _with_recipe),
     "sft": ("supervised fine-tuning on a cache", "sft", _with_recipe),
     "rlhf": ("GRPO from rewards on a set of prompts", "rlhf", _rlhf),

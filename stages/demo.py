@@ -1,12 +1,12 @@
-"""``reelforge demo``: a miniature Wan learns from mp4 files, better ones and rewards, is distilled, and is judged.
+"""``reelforge demo``: the whole pipeline on a miniature Wan, from mp4 files to a student, and the judging of it all.
 
-Nothing here is special to the miniature but its recipe: clips are decoded, filtered and cached, models trained and
-sampled by the stages that do it for Wan2.1. Every phase leaves its result in the folder, so an interrupted demo goes
-on where it stopped.
+The demo makes what a user brings: clips, requests, a base model and a small language model. The rest is the pipeline
+that post-trains Wan2.1. Every phase leaves its result in the folder, so an interrupted demo goes on where it stopped.
 """
 
 import argparse
 import dataclasses
+import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from reelforge.bench.demo_report import Entrant, StageCost, judge_and_report
-from reelforge.bench.evaluation import EvaluationConfig
-from reelforge.bench.toy import render
+from reelforge.bench.evaluation import EvaluationConfig, Judge
+from reelforge.bench.rewrites import Rewrite, best_template, template, training_requests
+from reelforge.bench.toy import calibration, render
+from reelforge.bench.toy.requests import pair, request
 from reelforge.bench.toy.world import captions, scenes
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
-from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.files import replace_file, staged_folder
 from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
+from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
+from reelforge.engine.enhance.rewriter import load_rewriter
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
@@ -39,13 +43,14 @@ from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.engine.train.flow_loss import FlowLossConfig
 from reelforge.engine.train.loop import LoopConfig
 from reelforge.engine.train.state import OptimizerConfig
-from reelforge.stages import cache, distill, rlhf, sft
+from reelforge.stages import cache, sft
 from reelforge.stages.console import emit
-from reelforge.stages.distill import DistillResult
 from reelforge.stages.distill_config import DistillConfig
+from reelforge.stages.enhance_config import EnhanceConfig
+from reelforge.stages.pipeline import Artefacts, Pipeline, PipelineConfig
 from reelforge.stages.sft import SftConfig, ValidationConfig
 
-_GUIDED = 2.0  # the guidance at which the fine-tuned model is at its best: RLHF at 1 is judged against that too
+_PHASES, _TEMPLATE_REQUESTS = 10, 48
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -90,8 +95,12 @@ class DemoConfig:
     """The whole demo; see recipes/demo.toml.
 
     Attributes:
-        rlhf: recipes/rlhf_miniature.toml, with what the demo's recipe sets laid over it.
-        distill: recipes/distill_miniature.toml, likewise.
+        base: pretraining on the flawed set.
+        sft: fine-tuning on the curated one.
+        longer: more of it, for as long as RLHF takes: what rewards are compared with.
+        language_model: what becomes the rewriter.
+        pairs: of request and caption for each training scene, the rewriter's first lessons.
+        rlhf, enhance, distill: the miniature's recipes, with what the demo's recipe sets laid over them.
     """
 
     seed: int
@@ -101,9 +110,13 @@ class DemoConfig:
     sampling: SamplingDefaults
     base: TrainingBudget
     sft: TrainingBudget
+    longer: TrainingBudget
     rlhf: RlhfConfig
+    enhance: EnhanceConfig
     distill: DistillConfig
     evaluation: EvaluationConfig
+    language_model: TinyLanguageModelConfig = TinyLanguageModelConfig()
+    pairs: int = 6
     codec: CodecConfig = CodecConfig()
     filters: FilterConfig = field(default_factory=FilterConfig)
 
@@ -123,36 +136,71 @@ class Demo:
 
     def run(self) -> Path:
         """Everything, in order; returns the report's path."""
-        self._announce("rendering clips to mp4 files")
+        self._announce("rendering clips to mp4 files, writing requests")
         self._render()
-        self._announce("fitting the codec, and a fresh model folder")
-        self._make_model()
+        self._announce("fitting the codec, fresh models of video and language")
+        self._make_models()
         self._announce("decoding, filtering and encoding the clips")
         self._cache("base", FilterConfig())
         self._cache("curated", self.config.filters)
         self._announce("base: pretraining on the flawed set")
         base = self._train("base", self.config.base, self.model, "base")
-        self._announce("sft: fine-tuning on the curated set")
-        tuned = self._train("sft", self.config.sft, base, "curated")
-        self._announce("rlhf: GRPO from three rewards")
-        aligned = self._align(tuned)
-        self._announce("distill: a causal few-step student by self-forcing")
-        distilled = self._distill(aligned)
-        self._announce("sampling held-out prompts, scoring, reporting")
-        guided, teacher = _guidance(_GUIDED), f"rlhf, guidance {self._teaching:g}"
+        made = Pipeline(self._pipeline(base), self._announce).run()
+        self._announce("sft for as long as rlhf took, to compare with")
+        longer = self._train("sft_longer", self.config.longer, made.models["sft"], "curated")
+        self._announce("sampling held-out prompts and requests, scoring, reporting")
+        return self._judge(made, longer)
+
+    def _pipeline(self, base: Path) -> PipelineConfig:
+        """The pipeline on what the demo made."""
+        config, root = self.config, self.root
+        aligning, enhancing = config.rlhf, config.enhance
+        assert enhancing.cold_start and enhancing.grpo, "the miniature's rewriter has both phases"
+        lessons = dataclasses.replace(enhancing.cold_start, pairs=root / "pairs.jsonl")
+        filming = dataclasses.replace(enhancing.grpo, requests=root / "requests.txt")
+        return PipelineConfig(
+            model=base,
+            output=root,
+            sft=self._sft("sft", config.sft, base, "curated"),
+            rlhf=dataclasses.replace(aligning, prompts=root / "rl_prompts.txt"),
+            enhance=dataclasses.replace(
+                enhancing, language_model=root / "language_model", cold_start=lessons, grpo=filming
+            ),
+            distill=dataclasses.replace(config.distill, prompts=root / "rl_prompts.txt"),
+        )
+
+    def _judge(self, made: Artefacts, longer: Path) -> Path:
+        """Every column of the report: captions first, then requests with and without rewriting."""
+        config, models, requested = self.config, made.models, "rlhf, raw request"
+        aligned, student = models["rlhf"], models["distill"]
+        first, trained = (rewriting(self.root / "enhance" / phase / "rewriter") for phase in ("cold_start", "grpo"))
         entrants = {
-            "base": Entrant(base, (), self._cost("base")),
-            "sft": Entrant(tuned, ("base",), self._cost("sft")),
-            f"sft, guidance {_GUIDED:g}": Entrant(tuned, ("sft",), settings=guided),
-            "rlhf": Entrant(aligned, ("sft", f"sft, guidance {_GUIDED:g}"), self._cost("rlhf")),
-            teacher: Entrant(aligned, ("rlhf",), settings=_guidance(self._teaching)),
-            "student": Entrant(distilled.model, (teacher, "rlhf"), self._student_cost(distilled), teacher=teacher),
+            "base": Entrant(models["base"], (), self._cost("base")),
+            "sft": Entrant(models["sft"], ("base",), self._cost("sft")),
+            "sft, longer": Entrant(longer, ("sft",), self._cost("sft_longer")),
+            "rlhf": Entrant(aligned, ("sft", "sft, longer"), self._cost("rlhf")),
+            "student": Entrant(student, ("rlhf",), self._student_cost(), teacher="rlhf"),
+            requested: Entrant(aligned, (), rewrite=list),
+            "rlhf, template": Entrant(aligned, (requested,), rewrite=self._template(aligned)),
+            "rlhf, cold start": Entrant(aligned, (requested,), self._cost("enhance/cold_start"), rewrite=first),
+            "rlhf + PE": Entrant(
+                aligned, (requested, "rlhf, template", "rlhf, cold start"), self._cost("enhance/grpo"), rewrite=trained
+            ),
+            "student, raw request": Entrant(student, (requested,), rewrite=list),
+            "student + PE": Entrant(student, ("student, raw request", "rlhf + PE"), rewrite=trained),
         }
-        return judge_and_report(self.config.evaluation, entrants, self.root, self.config, self.config.seed)
+        return judge_and_report(config.evaluation, entrants, self.root, config, config.seed)
+
+    def _template(self, model: Path) -> Rewrite:
+        """The best of the templates on training requests."""
+        folder, seed, size = ModelFolder.load(model), self.config.seed, self.config.evaluation.batch_size
+        video = folder.defaults.video
+        judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
+        return template(best_template(folder, judge, training_requests(_TEMPLATE_REQUESTS), size, seed))
 
     def _announce(self, what: str) -> None:
         self._phase += 1
-        say(f"[{self._phase}/8] {what} ({time.monotonic() - self._start:.0f} s so far)")
+        say(f"[{self._phase}/{_PHASES}] {what} ({time.monotonic() - self._start:.0f} s so far)")
 
     def _render(self) -> None:
         world, seed = self.config.world, self.config.seed
@@ -163,8 +211,29 @@ class Demo:
                 folder.mkdir(parents=True, exist_ok=True)
                 set_seed = rng.key("demo_set", seed, number)
                 render.write_flawed(folder, count, set_seed, "train", rates, world.video)
+        self._write_requests()
 
-    def _make_model(self) -> None:
+    def _write_requests(self) -> None:
+        """One caption of every training scene for RLHF, requests and pairs for the rewriter."""
+        known = scenes("train")
+        pairs = rng.generator("demo_pairs", self.config.seed)
+        asked = rng.generator("demo_requests", self.config.seed)
+        lines = {
+            "rl_prompts.txt": [captions(scene)[3 + index % 4] for index, scene in enumerate(known)],
+            "requests.txt": [request(scene, "train", asked) for scene in known],
+            "pairs.jsonl": [json.dumps(pair(scene, pairs)) for scene in known for _ in range(self.config.pairs)],
+        }
+        for name, texts in lines.items():
+            if not (self.root / name).exists():
+                replace_file(self.root / name, "\n".join(texts) + "\n")
+
+    def _make_models(self) -> None:
+        language = self.root / "language_model"
+        if not language.exists():
+            texts = (self.root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+            words = [text for line in texts for text in json.loads(line).values()]
+            with staged_folder(language) as staging:
+                LanguageModel.create(self.config.language_model, words, self.config.seed, staging)
         if self.model.exists():
             return
         config = self.config
@@ -200,69 +269,42 @@ class Demo:
 
     def _train(self, name: str, budget: TrainingBudget, model: Path, data: str) -> Path:
         """Run the SFT driver; returns the trained model's folder."""
-        folder = self.root / f"{name}_model"
-        result = sft.run(
-            SftConfig(
-                model=model,
-                cache=self.root / "cache" / data,
-                output=self.root / name,
-                loss=budget.loss,
-                train=budget.train,
-                optimizer=budget.optimizer,
-                validation=budget.validation,
-                device="cpu",
-            )
-        )
+        folder, result = self.root / f"{name}_model", sft.run(self._sft(name, budget, model, data))
         if not folder.exists():
             derive_model_folder(model, folder, load_transformer(result.weights))
         return folder
 
-    def _align(self, model: Path) -> Path:
-        """Run the RLHF driver on one caption of every training scene; returns the aligned model's folder."""
-        prompts, folder = self.root / "rl_prompts.txt", self.root / "rlhf_model"
-        if not prompts.exists():
-            texts = [captions(scene)[3 + index % 4] for index, scene in enumerate(scenes("train"))]
-            replace_file(prompts, "\n".join(texts) + "\n")
-        config = dataclasses.replace(self.config.rlhf, model=model, prompts=prompts, output=self.root / "rlhf")
-        result = rlhf.run(config)
-        if not folder.exists():
-            derive_model_folder(model, folder, load_transformer(result.weights))
-        return folder
-
-    @property
-    def _teaching(self) -> float:
-        """The guidance of the samples that the student starts from: the aligned model at its best."""
-        phase = self.config.distill.causal_init
-        return (phase.pairs.guidance_scale if phase else None) or self.config.sampling.guidance_scale
-
-    def _distill(self, teacher: Path) -> DistillResult:
-        """Run the distillation driver on the prompts of RLHF."""
-        config = dataclasses.replace(
-            self.config.distill, teacher=teacher, prompts=self.root / "rl_prompts.txt", output=self.root / "student"
+    def _sft(self, name: str, budget: TrainingBudget, model: Path, data: str) -> SftConfig:
+        return SftConfig(
+            model=model,
+            cache=self.root / "cache" / data,
+            output=self.root / name,
+            loss=budget.loss,
+            train=budget.train,
+            optimizer=budget.optimizer,
+            validation=budget.validation,
+            device="cpu",
         )
-        return distill.run(config)
 
-    def _student_cost(self, result: DistillResult) -> StageCost:
-        steps = sum(metrics["step"] for metrics in result.metrics.values())
-        last = list(result.metrics)[-1]
-        return StageCost(steps, sum(result.seconds.values()), self.root / "student" / last / "metrics.jsonl")
+    def _student_cost(self) -> StageCost:
+        phases = [self.root / "distill" / name / "metrics.jsonl" for name in self.config.distill.phases]
+        steps, seconds = zip(*(training_time(path) for path in phases), strict=True)
+        return StageCost(sum(steps), sum(seconds), phases[-1])
 
     def _cost(self, name: str) -> StageCost:
         metrics = RunDir(self.root / name).metrics
         return StageCost(*training_time(metrics), metrics)
 
 
-def _guidance(scale: float) -> tuple[str, ...]:
-    return (f"guidance_scale={scale}",)
+def rewriting(folder: Path) -> Rewrite:
+    """A trained rewriter as a function of requests."""
+    rewriter = load_rewriter(folder)
+    return lambda requests: [made.prompt for made in rewriter(requests)]
 
 
 def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
     """The packaged recipe, or its quick variant."""
     table = configuration.read_table(RECIPES / ("demo_quick.toml" if quick else "demo.toml"))
-    aligning = configuration.read_table(RECIPES / "rlhf_miniature.toml") | {"held_out": "none"}
-    table["rlhf"] = configuration.merge(aligning, table.get("rlhf", {}))
-    distilling = configuration.read_table(RECIPES / "distill_miniature.toml")
-    table["distill"] = configuration.merge(distilling, table.get("distill", {}))
     for assignment in overrides:
         configuration.override(table, assignment)
     return configuration.build(DemoConfig, table)

@@ -16,7 +16,6 @@ from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir, check_same
-from reelforge.engine.enhance.dialogue import Dialogue
 from reelforge.engine.enhance.language_model import LanguageModel
 from reelforge.engine.enhance.rewriter import load_rewriter, save_rewriter
 from reelforge.engine.rl.origin import check_continued, check_ranks
@@ -24,7 +23,7 @@ from reelforge.engine.train.loop import Hooks, TrainLoop
 from reelforge.engine.train.state import TrainState
 from reelforge.stages.console import emit
 from reelforge.stages.enhance_config import EnhanceConfig, decisive
-from reelforge.stages.enhance_parts import Work, build, origin
+from reelforge.stages.enhance_parts import Work, build, check, origin
 from reelforge.stages.sft import last_metrics
 
 
@@ -70,8 +69,7 @@ def _run(config: EnhanceConfig, device: torch.device) -> None:
         check_continued(json.loads(path.read_text(encoding="utf-8")), started)
     identity = configuration.fingerprint(decisive(config))
     check_ranks(started | {"recipe": identity}, device)
-    language = LanguageModel.load(config.language_model, device=device)
-    Dialogue(config.dialogue, language.tokenizer)  # refuses what no phase could use, before anything is written
+    check(config, device)
     distributed.barrier()
     if distributed.rank() == 0:
         RunDir.open(config.output, config, identity)

@@ -37,6 +37,11 @@ class ColdStartPhase:
     train: LoopConfig = LoopConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
+    def __post_init__(self) -> None:
+        for name in ("min_coverage", "identity"):
+            if not 0 <= vars(self)[name] <= 1:
+                raise ConfigError(f"cold_start.{name} is {vars(self)[name]}.", "It is a share in [0, 1].")
+
 
 @dataclass(frozen=True)
 class ProxyConfig:
@@ -67,6 +72,9 @@ class HeldOutConfig:
 
     requests: Path
     draws: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "draws")
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class EnhanceConfig:
 
     Attributes:
         language_model: folder of a causal language model with a chat template.
-        output: run directory; ``rewriter`` in it is the result.
+        output: run directory; the last phase's ``rewriter`` in it is the result.
         dialogue: the words around a request.
         structure: the reward on a rewrite's words.
         cold_start: supervised first; none trusts the model to know the format.
@@ -148,8 +156,10 @@ def decisive(config: EnhanceConfig) -> EnhanceConfig:
     """The config with its defaults wherever a setting does not decide the weights; files count by what is in them."""
     blank: dict[str, dict[str, Any]] = {
         "cold_start": {"pairs": Path()},
-        "grpo": {"requests": Path(), "generator": Path(), "held_out": None},
-    }
+        "grpo": {
+            "requests": Path(), "generator": Path(), "proxy": None, "held_out": None, "scoring": ScoringConfig(),
+        },
+    }  # fmt: skip
     phases = {
         name: dataclasses.replace(
             phase, **blank[name], train=dataclasses.replace(phase.train, log_every=1, checkpoint_every=1, keep_last=1)

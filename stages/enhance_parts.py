@@ -29,6 +29,7 @@ from reelforge.engine.rl.filming import Filming, Take, rank_correlation
 from reelforge.engine.rl.origin import digest
 from reelforge.engine.rl.prompts import read_prompts
 from reelforge.engine.rl.rewriting import STRUCTURE, RewritingTask
+from reelforge.engine.rl.statistics import means
 from reelforge.engine.train.state import TrainState
 from reelforge.stages.enhance_config import ColdStartPhase, EnhanceConfig, GrpoPhase
 
@@ -60,7 +61,8 @@ def origin(config: EnhanceConfig) -> dict[str, str]:
     if config.grpo:
         used = config.grpo.proxy.model if config.grpo.proxy else config.grpo.generator
         found["prompts"] = digest(json.dumps(read_prompts(config.grpo.requests).prompts).encode())
-        found["generator"] = digest(fingerprint_folders(_folder(used / "transformer")).encode())
+        parts = [_folder(used / part) for part in ("transformer", "vae", "text_encoder", "scheduler")]
+        found["generator"] = digest(fingerprint_folders(used, *parts).encode())
     return found
 
 
@@ -75,6 +77,15 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).", "Check the path.") from error
+
+
+def check(config: EnhanceConfig, device: torch.device) -> None:
+    """Refuse what any phase could not use, before anything is written: an earlier phase may take hours."""
+    language = LanguageModel.load(config.language_model, device=device)
+    for name in config.phases:
+        build(config, name, language, config.output / name)
+    if config.grpo and config.grpo.proxy:
+        film_crew(config.grpo, config.grpo.generator, device)
 
 
 def build(config: EnhanceConfig, name: str, language: LanguageModel, root: Path) -> Work:
@@ -144,7 +155,8 @@ def _check_proxy(phase: GrpoPhase, task: RewritingTask) -> None:
         raise ConfigError(
             f"The proxy {phase.proxy.model} ranks videos otherwise than {phase.generator}: Spearman {found:.2f}, "
             f"{phase.proxy.min_correlation:g} is asked for.",
-            "Train against the generator itself, or distil a closer student.",
+            "Train against the generator itself, or distil a closer student: in another output folder, with"
+            f" {task.language.folder} as its language_model.",
         )
 
 
@@ -160,7 +172,7 @@ class Look:
 
     def __init__(self, task: RewritingTask, requests: Sequence[str], draws: int, root: Path) -> None:
         self.task, self.requests, self.draws, self.root = task, requests, draws, root
-        self._raw: dict[str, float] = {}
+        self._raw: dict[str, float | None] = {}
 
     def __call__(self, state: TrainState, step: int) -> dict[str, Any]:
         """Mean rewards of averaged weights: ``held_out`` of the rewrites, ``held_out_raw`` of the requests."""
@@ -171,10 +183,10 @@ class Look:
         found = self._film([(each.request, each.prompt) for each in made])
         if distributed.rank() == 0:
             lines = [json.dumps(vars(each), ensure_ascii=False) for each in made]
-            folder = make_folder(self.root / "samples" / f"step-{step:06d}")
+            folder = make_folder(self.root / "samples" / f"step-{step:08d}")
             replace_file(folder / "rewrites.jsonl", "\n".join(lines) + "\n")
         return {"held_out": found, "held_out_raw": self._raw}
 
-    def _film(self, texts: Sequence[tuple[str, str]]) -> dict[str, float]:
+    def _film(self, texts: Sequence[tuple[str, str]]) -> dict[str, float | None]:
         scores = self.task.filming([Take(x, y, draw) for x, y in texts for draw in range(self.draws)])
-        return {axis: row.nanmean().item() for axis, row in zip(self.task.filming.scoring.axes, scores, strict=True)}
+        return means(self.task.filming.scoring.axes, scores)

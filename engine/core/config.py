@@ -1,7 +1,8 @@
 """Strict configuration: frozen dataclasses filled from TOML.
 
-A recipe may start with ``extends = "other.toml"`` (relative to itself). ``--set a.b=value`` overrides one key,
-its value written as TOML (a bare word is a string). An unknown key is an error that names the nearest right one.
+A recipe, or a table in it, may start with ``extends = "other.toml"`` (relative to itself). ``--set a.b=value``
+overrides one key, its value written as TOML (a bare word is a string). An unknown key is an error that names the
+nearest right one.
 """
 
 import dataclasses
@@ -51,8 +52,15 @@ def read_table(path: Path, depth: int = 0) -> dict[str, Any]:
         raise ConfigError(f"Recipe {path} cannot be read ({error.strerror}).", "Check the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Recipe {path} is not TOML: {error}.", "Fix that line.") from error
+    return _extended(table, path.parent, depth)
+
+
+def _extended(table: dict[str, Any], folder: Path, depth: int) -> dict[str, Any]:
     base = table.pop("extends", None)
-    return table if base is None else merge(read_table(path.parent / base, depth + 1), table)
+    table = {
+        name: _extended(value, folder, depth) if isinstance(value, dict) else value for name, value in table.items()
+    }
+    return table if base is None else merge(read_table(folder / base, depth + 1), table)
 
 
 def merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

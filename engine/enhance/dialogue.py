@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reelforge.engine.core.config import require_positive
-from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.errors import ConfigError, DataError
 
 SYSTEM = (
     "You write captions for a text-to-video model out of short requests. Whatever the request says stays true: every"
@@ -89,6 +89,23 @@ class Dialogue:
         """Token ids of an answer after ``prefill``, without the end mark."""
         text = f"<think>{self.plain(thought)}</think> <answer>{self.plain(prompt)}</answer>"
         return self.encode(text.removeprefix(self.config.prefill))
+
+    def check_room(self, requests: Iterable[str], room: float) -> None:
+        """Refuse requests that leave the language model no room for an answer.
+
+        Args:
+            room: tokens that it takes in all.
+
+        Raises:
+            DataError: names the longest.
+        """
+        longest = max(requests, key=lambda request: len(self.ask(request)))
+        needed = len(self.ask(longest)) + self.config.max_new_tokens
+        if needed > room:
+            raise DataError(
+                f"{longest[:60]!r}... and its answer take {needed} tokens, and the language model has room for {room}.",
+                "Shorten or leave it out, or lower dialogue.max_new_tokens.",
+            )
 
     def read(self, ids: Sequence[int]) -> str | None:
         """The prompt in a finished answer, or None when it is not exactly one thought, at most, and one answer."""

@@ -1,6 +1,7 @@
 """A causal language model from transformers: any local folder, or a tiny one of its own for the miniature."""
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,6 +115,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def room(self) -> float:
+        """Tokens that question and answer may take together; infinite where the config names no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
 
     @cached_property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.config import require_positive
 from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.files import staged_folder
 from reelforge.engine.core.metrics import JsonlLog, read_jsonl
 from reelforge.engine.enhance.completions import Completion, complete
 from reelforge.engine.enhance.dialogue import Dialogue, DialogueConfig
@@ -108,10 +109,9 @@ class Rewriter:
         words = len(request.split())
         if words > self.dialogue.config.max_request_words:
             return f"the prompt is complete with {words} words"
-        room = getattr(self.language.model.config, "max_position_embeddings", None)
         needed = len(self.dialogue.ask(request)) + self.dialogue.config.max_new_tokens
-        if room and needed > room:
-            return f"prompt and answer take {needed} tokens, and the language model has room for {room}"
+        if needed > self.language.room:
+            return f"prompt and answer take {needed} tokens, and the language model has room for {self.language.room}"
         return ""
 
     def _rewrite(self, requests: Sequence[str]) -> list[Enhanced]:
@@ -152,9 +152,14 @@ class Rewriter:
 
 
 def save_rewriter(language: LanguageModel, dialogue: DialogueConfig, folder: Path) -> None:
-    """Write a folder that :func:`load_rewriter` reads, and transformers too."""
-    language.save(folder)
-    write_json(folder / _FILE, dataclasses.asdict(dialogue))
+    """Write a folder that :func:`load_rewriter` reads, and transformers too; it appears only when it is complete.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    with staged_folder(folder) as staging:
+        language.save(staging)
+        write_json(staging / _FILE, dataclasses.asdict(dialogue))
 
 
 def load_rewriter(

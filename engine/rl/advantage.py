@@ -94,13 +94,15 @@ class Fusion:
         running: standard deviation of each reward so far, fp64 ``[R]``, 0 before the first; kept with the checkpoint.
 
     Raises:
-        ConfigError: a weight names no reward.
+        ConfigError: a weight names no reward, or scales are kept of rewards that are summed first.
     """
 
     def __init__(self, config: FusionConfig, axes: Sequence[str]) -> None:
         weights = {each.axis: each.weight for each in config.weights}
         if unknown := sorted(weights.keys() - set(axes)):
             raise ConfigError(f"fusion.weights names {unknown[0]!r}.", f"The rewards are {', '.join(axes)}.")
+        if config.rule == "sum" and config.scale == "running" and len(axes) > 1:
+            raise ConfigError('fusion.scale "running" keeps a scale per reward.', 'Set fusion.rule to "each".')
         self.config = config
         self.weights = torch.tensor([weights.get(axis, 1.0) for axis in axes], dtype=torch.float64)
         self.running = torch.zeros(len(axes), dtype=torch.float64)
@@ -146,8 +148,6 @@ class Fusion:
             return (groups if kind == "group" else groups.amax(1, keepdim=True)).clamp_min(self.config.floor)
         now = spread(centred, valid)
         if kind == "running":
-            if len(now) != len(self.running):
-                raise ConfigError('fusion.scale "running" keeps a scale per reward.', 'Set fusion.rule to "each".')
             # The first one that is not 0 begins the average; an iteration that says nothing leaves it alone.
             now = now.flatten()
             moved = torch.where(self.running > 0, self.running.lerp(now, 1 - self.config.decay), now)

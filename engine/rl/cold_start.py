@@ -25,10 +25,11 @@ class ColdStartTask:
         train: batch, micro-batch, precision, seed.
 
     Raises:
-        DataError: an answer is longer than ``dialogue.max_new_tokens``.
+        DataError: an answer is longer than ``dialogue.max_new_tokens``, or a request leaves no room for one.
     """
 
     def __init__(self, language: LanguageModel, dialogue: Dialogue, pairs: Sequence[Pair], train: LoopConfig) -> None:
+        dialogue.check_room((pair.request for pair in pairs), language.room)
         self.language, self.train = language, train
         self.requests = [dialogue.ask(pair.request) for pair in pairs]
         self.answers = [[*dialogue.answer(pair.caption, pair.thought), language.ends[0]] for pair in pairs]

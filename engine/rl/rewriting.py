@@ -21,9 +21,9 @@ from reelforge.engine.enhance.dialogue import Dialogue
 from reelforge.engine.enhance.language_model import LanguageModel
 from reelforge.engine.enhance.structure import Structure, mean_parts
 from reelforge.engine.model.generation import half_precision
-from reelforge.engine.rl.advantage import Fusion
+from reelforge.engine.rl.advantage import Fusion, shuffle
 from reelforge.engine.rl.filming import Filming, Take
-from reelforge.engine.rl.statistics import describe_rewards
+from reelforge.engine.rl.statistics import describe_rewards, means
 from reelforge.engine.rl.text_loss import TextLossConfig, text_loss
 from reelforge.engine.train.loop import LoopConfig
 
@@ -85,6 +85,7 @@ class RewritingTask:
 
     Raises:
         ConfigError: a fusion rule that has no single advantage.
+        DataError: a request leaves no room for an answer.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class RewritingTask:
     ) -> None:
         if fusion.config.rule == "separate":
             raise ConfigError('fusion.rule is "separate".', 'A rewrite has one advantage: take "each" or "sum".')
+        dialogue.check_room(requests, language.room)
         self.language, self.dialogue, self.structure, self.filming = language, dialogue, structure, filming
         self.fusion, self.requests, self.config, self.loss = fusion, tuple(requests), config, loss
         self.updates, self.train = updates, train
@@ -184,12 +186,13 @@ class RewritingTask:
                 "Raise dialogue.max_new_tokens, or start from a model that ends its answers (cold_start).",
             )
         advantages = self.fusion(rewards.masked_fill(cut.bool(), torch.nan))
+        if self.fusion.config.shuffled:
+            advantages = shuffle(advantages, seed, iteration)
         self._take(mine, answers, advantages.values[0, own, :group], advantages.counted[own, :group])
-        originals = {axis: values[:, group].nanmean().item() for axis, values in zip(self.axes, rewards, strict=True)}
         self._facts.append(
             {
                 **describe_rewards(self.axes, rewards, advantages),
-                "original": originals,
+                "original": means(self.axes, rewards[:, :, group]),
                 **self._describe_texts(mine, texts, answers),
                 "write_s": written_s,
                 "film_s": self.filming.seconds - filmed,

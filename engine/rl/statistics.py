@@ -100,6 +100,11 @@ def _correlation(advantages: Advantages) -> list[list[float]]:
     return torch.corrcoef(rows).nan_to_num().tolist()
 
 
+def means(axes: Sequence[str], rewards: Tensor) -> dict[str, float | None]:
+    """Mean of each reward over what is there of ``[R,N]``; None where nothing is: JSON has no NaN."""
+    return {axis: _mean(values[~values.isnan()]) for axis, values in zip(axes, rewards, strict=True)}
+
+
 def _mean(values: Tensor) -> float | None:
     return values.mean().item() if values.numel() else None
 

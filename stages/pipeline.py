@@ -1,0 +1,254 @@
+"""``reelforge pipeline``: base, fine-tuned, aligned, with a rewriter, distilled; every stage from the one before.
+
+A stage is its own verb with the paths filled in. What it leaves is recorded with a hash: a folder that was changed
+behind the pipeline's back is not built upon.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reelforge.engine.core import config as configuration
+from reelforge.engine.core import distributed
+from reelforge.engine.core.errors import ConfigError, DataError
+from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.progress import say
+from reelforge.engine.core.run_dir import RunDir
+from reelforge.engine.io.model_files import fingerprint_folders, read_json
+from reelforge.engine.model.folder import derive_model_folder
+from reelforge.engine.model.lora import load_adapter, merge
+from reelforge.engine.model.weights import load_transformer
+from reelforge.engine.rl.recipe import RlhfConfig
+from reelforge.stages import cache, distill, enhance, rlhf, sft
+from reelforge.stages.cache import CacheConfig
+from reelforge.stages.console import emit
+from reelforge.stages.distill_config import DistillConfig
+from reelforge.stages.enhance_config import EnhanceConfig
+from reelforge.stages.sft import SftConfig
+
+# What the pipeline fills in, by stage; a recipe need not say it.
+_FILLED: dict[str, tuple[str, ...]] = {
+    "cache": ("model", "output"),
+    "sft": ("model", "cache", "output"),
+    "rlhf": ("model", "output"),
+    "enhance": ("output", "grpo.generator"),
+    "distill": ("teacher", "output"),
+}
+STAGES = tuple(_FILLED)
+_DOES = {
+    "cache": "decoding, filtering and encoding the clips",
+    "sft": "fine-tuning on the clips",
+    "rlhf": "GRPO from rewards",
+    "enhance": "a rewriter of prompts, from pairs and rewards",
+    "distill": "a causal few-step student by self-forcing",
+}
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """The stages, each as its own recipe; a stage that is not there is skipped.
+
+    Attributes:
+        model: model folder to start from.
+        output: the run directory; every stage has a folder in it.
+        cache: clips to latents; skipped when ``sft.cache`` names a finished one.
+        sft: supervised fine-tuning.
+        rlhf: GRPO on the fine-tuned model.
+        enhance: a rewriter for the aligned model.
+        distill: a causal few-step student of the aligned model.
+    """
+
+    model: Path
+    output: Path
+    cache: CacheConfig | None = None
+    sft: SftConfig | None = None
+    rlhf: RlhfConfig | None = None
+    enhance: EnhanceConfig | None = None
+    distill: DistillConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ConfigError("The pipeline has no stage.", f"Add a table: {', '.join(STAGES)}.")
+        if self.cache and not self.sft:
+            raise ConfigError("The pipeline has [cache] and no [sft].", "Only fine-tuning reads a cache.")
+        if self.sft and not self.cache and self.sft.cache == Path():
+            raise ConfigError("The pipeline has [sft] and no latents.", "Add a table [cache], or set sft.cache.")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that run, in order."""
+        return tuple(name for name in STAGES if getattr(self, name) is not None)
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """What a pipeline left.
+
+    Attributes:
+        models: model folders by stage, ``base`` first; the last is the one to serve.
+        rewriter: of requests for these models; None without.
+        seconds: of each stage, as far as this pipeline ran it.
+    """
+
+    models: dict[str, Path]
+    rewriter: Path | None
+    seconds: dict[str, float]
+
+
+def load(path: Path, overrides: Sequence[str] = (), skip: Sequence[str] = ()) -> PipelineConfig:
+    """Read a recipe; the paths that the pipeline fills in may be missing.
+
+    Args:
+        skip: stages to leave out.
+
+    Raises:
+        ConfigError: as :func:`reelforge.engine.core.config.load`.
+    """
+    table = configuration.read_table(path)
+    for assignment in overrides:
+        configuration.override(table, assignment)
+    for name in skip:
+        table.pop(name, None)
+    for name in STAGES:
+        for key in _FILLED[name] if name in table else ():
+            _fill(table[name], key.split("."))
+    return configuration.build(PipelineConfig, table)
+
+
+def _fill(table: dict[str, Any], keys: list[str]) -> None:
+    for parent in keys[:-1]:
+        if parent not in table:
+            return
+        table = table[parent]
+    table.setdefault(keys[-1], "")
+
+
+class Pipeline:
+    """The stages, each a method that does nothing when its result is there.
+
+    Args:
+        config: the recipe.
+        announce: told what begins.
+    """
+
+    def __init__(self, config: PipelineConfig, announce: Callable[[str], None] = say) -> None:
+        self.config, self.root, self.announce = config, config.output, announce
+        self.models = {"base": config.model}
+        self.rewriter: Path | None = None
+        self.latents = config.sft.cache if config.sft else Path()
+        self._record = self.root / "pipeline.json"
+
+    def run(self) -> Artefacts:
+        """Every stage, in order.
+
+        Raises:
+            Interrupted: a signal asked to stop; calling again continues.
+            DataError: what an earlier stage left has changed since.
+            ConfigError, CheckpointError, StorageError, TrainingError: as named.
+        """
+        with distributed.process_group(distributed.pick_device("auto")):
+            self._note("base", self.config.model, 0.0)
+            for name in self.config.stages:
+                self.announce(f"{name}: {_DOES[name]}")
+                start = time.monotonic()
+                self._note(name, getattr(self, f"_{name}")(), time.monotonic() - start)
+        known = self._known()
+        return Artefacts(self.models, self.rewriter, {name: known[name]["seconds"] for name in self.config.stages})
+
+    @property
+    def newest(self) -> Path:
+        """Model folder that the next stage starts from."""
+        return list(self.models.values())[-1]
+
+    def _cache(self) -> Path:
+        assert self.config.cache is not None
+        self.latents = self.root / "cache"
+        if distributed.rank() == 0:
+            cache.run(dataclasses.replace(self.config.cache, model=self.newest, output=self.latents))
+        distributed.barrier()
+        return self.latents
+
+    def _sft(self) -> Path:
+        assert self.config.sft is not None
+        config = dataclasses.replace(self.config.sft, model=self.newest, cache=self.latents, output=self.root / "sft")
+        return self._finish("sft", sft.run(config).weights)
+
+    def _rlhf(self) -> Path:
+        assert self.config.rlhf is not None
+        config = dataclasses.replace(self.config.rlhf, model=self.newest, output=self.root / "rlhf")
+        return self._finish("rlhf", rlhf.run(config).weights)
+
+    def _enhance(self) -> Path:
+        config = self.config.enhance
+        assert config is not None
+        grpo = config.grpo and dataclasses.replace(config.grpo, generator=self.newest)
+        result = enhance.run(dataclasses.replace(config, grpo=grpo, output=self.root / "enhance"))
+        self.rewriter = result.rewriter
+        return result.rewriter
+
+    def _distill(self) -> Path:
+        assert self.config.distill is not None
+        config = dataclasses.replace(self.config.distill, teacher=self.newest, output=self.root / "distill")
+        self.models["distill"] = distill.run(config).model
+        return self.models["distill"]
+
+    def _finish(self, name: str, weights: Path) -> Path:
+        """The stage's model folder: that of the stage before with these weights, an adapter merged in."""
+        folder = self.root / f"{name}_model"
+        if not folder.exists() and distributed.rank() == 0:
+            adapter = weights.name == "adapter"
+            model = load_transformer(self.newest / "transformer" if adapter else weights)
+            if adapter:
+                load_adapter(model, weights)
+                merge(model)
+            derive_model_folder(self.newest, folder, model)
+        distributed.barrier()
+        self.models[name] = folder
+        return folder
+
+    def _note(self, name: str, artefact: Path, seconds: float) -> None:
+        """Record what a stage left, or check it against the record.
+
+        Raises:
+            DataError: it is not what the stage left.
+        """
+        known, found = self._known(), _fingerprint(artefact)
+        if name in known:
+            if known[name]["fingerprint"] != found:
+                raise DataError(
+                    f"{artefact} has changed since stage {name} left it ({known[name]['fingerprint']}, now {found}).",
+                    f"Put it back, or remove it and {self._record} to make it again.",
+                )
+            return
+        facts = {"artefact": str(artefact), "fingerprint": found, "seconds": seconds}
+        if distributed.rank() == 0:
+            replace_file(self._record, json.dumps({**known, name: facts}, indent=1))
+        distributed.barrier()
+
+    def _known(self) -> dict[str, Any]:
+        return read_json(self._record) if self._record.exists() else {}
+
+
+def _fingerprint(folder: Path) -> str:
+    """Hash of what a stage left: a model's transformer, or the folder's own files."""
+    transformer = folder / "transformer"
+    return fingerprint_folders(transformer if transformer.exists() else folder)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """The verb: prints what every stage left."""
+    config = load(arguments.recipe, arguments.overrides, arguments.skip)
+    if distributed.rank() == 0:
+        try:
+            RunDir.open(config.output, config)
+        except ConfigError as error:
+            raise ConfigError(error.what, "Choose another output, or remove the folder.") from error
+    made = Pipeline(config).run()
+    models = {name: str(path) for name, path in made.models.items()}
+    emit(json.dumps({"models": models, "rewriter": made.rewriter and str(made.rewriter), "seconds": made.seconds}))
+    return 0
