@@ -85,6 +85,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="a model folder in diffusers' layout")
     parser.add_argument("--transformer", type=Path, help="transformer/ of another run in place of the folder's")
     parser.add_argument("--adapter", type=Path, help="a LoRA adapter to merge in")
+    parser.add_argument("--enhance", type=Path, metavar="REWRITER", help="rewrite the prompts by this folder's model")
     parser.add_argument("--prompt", action="append", default=[], help="what to show; repeatable")
     parser.add_argument("--prompts", type=Path, help="a text file with one prompt a line")
     parser.add_argument(

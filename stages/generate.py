@@ -17,7 +17,9 @@ from reelforge.engine.core.distributed import pick_device
 from reelforge.engine.core.errors import ConfigError, Interrupted
 from reelforge.engine.core.files import make_folder
 from reelforge.engine.core.interrupt import StopRequest, stop_on_signals
-from reelforge.engine.core.progress import track
+from reelforge.engine.core.progress import say, track
+from reelforge.engine.core.types import TextEncoder
+from reelforge.engine.enhance.rewriter import Enhanced, load_rewriter
 from reelforge.engine.io.video import write_video
 from reelforge.engine.model.folder import ModelFolder, load_generation_defaults
 from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
@@ -34,14 +36,15 @@ class Target:
     path: Path
 
 
-def _targets(prompts: Sequence[str], samples: int, seed: int, out: Path, made_by: str) -> list[Target]:
-    """File names tell prompt and seed to people, and by a hash whatever else decides the pixels."""
+def _targets(asked: Sequence[Enhanced], samples: int, seed: int, out: Path, made_by: str) -> list[Target]:
+    """File names tell request and seed to people, and by a hash whatever else decides the pixels."""
     targets = []
-    for prompt in prompts:
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "prompt"
-        unique = f"{rng.key(f'{made_by} {prompt}') % 16**8:08x}"
+    for made in asked:
+        slug = re.sub(r"[^a-z0-9]+", "-", made.request.lower()).strip("-")[:48] or "prompt"
+        words = made.prompt if made.prompt == made.request else f"{made.request}\n{made.prompt}"
+        unique = f"{rng.key(f'{made_by} {words}') % 16**8:08x}"
         names = (f"{slug}-{unique}-seed{seed}-{member}.mp4" for member in range(samples))
-        targets += [Target(Job(prompt, member), out / name) for member, name in enumerate(names)]
+        targets += [Target(Job(made.prompt, member, made.request), out / name) for member, name in enumerate(names)]
     return targets
 
 
@@ -75,6 +78,21 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _enhanced(arguments: argparse.Namespace, prompts: Sequence[str], encoder: TextEncoder) -> list[Enhanced]:
+    """The prompts as a rewriter puts them, remembered in ``--out``; without one as they are."""
+    if arguments.enhance is None:
+        return [Enhanced(prompt, prompt) for prompt in prompts]
+    made = load_rewriter(
+        arguments.enhance,
+        device=pick_device("auto"),
+        fits=lambda prompt: encoder.num_tokens(prompt) <= encoder.max_tokens,
+        cache=make_folder(arguments.out) / "enhanced.jsonl",
+    )(prompts)
+    for each in made:
+        say(f"{each.request!r} {f'stays as it is: {each.kept}' if each.kept else f'becomes {each.prompt!r}'}")
+    return made
+
+
 def main(arguments: argparse.Namespace) -> int:
     """Make what is missing in ``--out``; print one JSON line a video."""
     config = resolve(load_generation_defaults(arguments.model), arguments.overrides)
@@ -84,7 +102,8 @@ def main(arguments: argparse.Namespace) -> int:
     generator = Generator(_load(arguments, dtype, device), config, arguments.seed)
     weights = _weights_state(arguments.model, arguments.transformer, arguments.adapter)
     made_by = f"{fingerprint(config)} {weights}"
-    targets = _targets(prompts, config.samples, arguments.seed, make_folder(arguments.out), made_by)
+    asked = _enhanced(arguments, prompts, generator.folder.text_encoder)
+    targets = _targets(asked, config.samples, arguments.seed, make_folder(arguments.out), made_by)
     missing = [target for target in targets if not target.path.exists()]
     batches = [missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)]
     with stop_on_signals() as stop:
@@ -110,6 +129,7 @@ def _make(generator: Generator, batch: Sequence[Target], stop: StopRequest) -> N
         record = {
             "path": str(target.path),
             "prompt": target.job.prompt,
+            "request": target.job.request,
             "seed": generator.seed,
             "member": target.job.member,
             "denoise_s": round((denoised - start) / len(batch), 4),
