@@ -91,19 +91,21 @@ def _add_distill(verb: _Verb) -> None:
 
 
 def _add_studies(verb: _Verb, drive: Drive) -> None:
-    proof, ablate, parity = (
-        _lazily(module, function, drive)
-        for module, function in (("rl_study", "proof"), ("rl_study", "ablation"), ("distill_study", "run"))
+    proof, ablate, parity, rewriting = (
+        _lazily(f"{module}_study", function, drive)
+        for module, function in (("rl", "proof"), ("rl", "ablation"), ("distill", "run"), ("enhance", "run"))
     )
     study = verb("rl-study", "RLHF of the demo's model under several seeds, with controls and acceptance", proof)
     ablation = verb("rl-ablation", "sharing, noise, rectification and published methods at equal cost", ablate)
     ablation.add_argument("--nfe", type=int, default=20_000, help="network evaluations an arm (default: %(default)s)")
     ablation.add_argument("--seconds", type=float, help="train every arm for so many seconds as well")
     distilled = verb("distill-study", "is the demo's student level with its teacher, and what is it owed to", parity)
+    enhanced = verb("enhance-study", "do rewrites help the demo's aligned model, and what is it owed to", rewriting)
     for parser, out, samples, recipe in (
         (study, "rl_study", None, "rlhf"),
         (ablation, "rl_ablation", 2, "rlhf"),
         (distilled, "distill_study", None, "distill"),
+        (enhanced, "enhance_study", None, "enhance"),
     ):
         parser.add_argument("--demo", type=Path, default=Path("demo"), help="a finished demo (default: %(default)s)")
         parser.add_argument(

@@ -15,6 +15,7 @@ from typing import Any
 
 from reelforge.bench.drive import Drive, placed
 from reelforge.bench.examiner import Examiner, Verdict
+from reelforge.bench.markdown import table as markdown_table
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware
 from reelforge.engine.core.files import replace_file
@@ -158,12 +159,8 @@ def markdown(outcomes: Sequence[Outcome], found: Sequence[tuple[str, str, str, b
             " + ".join(f"{seconds:.0f}" for seconds in outcome.seconds.values()) or "–",
         ])  # fmt: skip
     judged = [[arm, criterion, told, "pass" if passed else "**fail**"] for arm, criterion, told, passed in found]
-    return "\n\n".join((lead, _table(head, rows), _table(["arm", "criterion", "found", ""], judged))) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    parts = (lead, markdown_table(head, rows), markdown_table(["arm", "criterion", "found", ""], judged))
+    return "\n\n".join(parts) + "\n"
 
 
 def _conclude(arguments: argparse.Namespace, examiner: Examiner, outcomes: Sequence[Outcome]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from reelforge.bench.evaluation import REWARDS, Judge, evaluate, held_out_prompt
 from reelforge.bench.toy.requests import Phrasings, request
 from reelforge.bench.toy.world import Scene, parse_prompt, scenes
 from reelforge.engine.core import rng
+from reelforge.engine.enhance.rewriter import load_rewriter
 from reelforge.engine.model.folder import ModelFolder
 
 Rewrite = Callable[[Sequence[str]], list[str]]  # requests to prompts
@@ -65,6 +67,12 @@ def _different(wanted: Sequence[Scene], phrasings: Phrasings, purpose: str) -> l
 def template(number: int) -> Rewrite:
     """Puts every request into a template."""
     return lambda requests: [TEMPLATES[number].format(request) for request in requests]
+
+
+def trained(folder: Path) -> Rewrite:
+    """A rewriter's folder as a function of requests."""
+    rewriter = load_rewriter(folder)
+    return lambda requests: [made.prompt for made in rewriter(requests)]
 
 
 def best_template(folder: ModelFolder, judge: Judge, requests: Sequence[str], batch_size: int, seed: int) -> int:

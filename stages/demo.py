@@ -15,7 +15,7 @@ import numpy as np
 
 from reelforge.bench.demo_report import Entrant, StageCost, judge_and_report
 from reelforge.bench.evaluation import EvaluationConfig, Judge
-from reelforge.bench.rewrites import Rewrite, best_template, template, training_requests
+from reelforge.bench.rewrites import Rewrite, best_template, template, trained, training_requests
 from reelforge.bench.toy import calibration, render
 from reelforge.bench.toy.requests import pair, request
 from reelforge.bench.toy.world import captions, scenes
@@ -30,7 +30,6 @@ from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
 from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
-from reelforge.engine.enhance.rewriter import load_rewriter
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
@@ -173,7 +172,7 @@ class Demo:
         """Every column of the report: captions first, then requests with and without rewriting."""
         config, models, requested = self.config, made.models, "rlhf, raw request"
         aligned, student = models["rlhf"], models["distill"]
-        first, trained = (rewriting(self.root / "enhance" / phase / "rewriter") for phase in ("cold_start", "grpo"))
+        first, last = (trained(self.root / "enhance" / phase / "rewriter") for phase in ("cold_start", "grpo"))
         entrants = {
             "base": Entrant(models["base"], (), self._cost("base")),
             "sft": Entrant(models["sft"], ("base",), self._cost("sft")),
@@ -184,10 +183,10 @@ class Demo:
             "rlhf, template": Entrant(aligned, (requested,), rewrite=self._template(aligned)),
             "rlhf, cold start": Entrant(aligned, (requested,), self._cost("enhance/cold_start"), rewrite=first),
             "rlhf + PE": Entrant(
-                aligned, (requested, "rlhf, template", "rlhf, cold start"), self._cost("enhance/grpo"), rewrite=trained
+                aligned, (requested, "rlhf, template", "rlhf, cold start"), self._cost("enhance/grpo"), rewrite=last
             ),
             "student, raw request": Entrant(student, (requested,), rewrite=list),
-            "student + PE": Entrant(student, ("student, raw request", "rlhf + PE"), rewrite=trained),
+            "student + PE": Entrant(student, ("student, raw request", "rlhf + PE"), rewrite=last),
         }
         return judge_and_report(config.evaluation, entrants, self.root, config, config.seed)
 
@@ -294,12 +293,6 @@ class Demo:
     def _cost(self, name: str) -> StageCost:
         metrics = RunDir(self.root / name).metrics
         return StageCost(*training_time(metrics), metrics)
-
-
-def rewriting(folder: Path) -> Rewrite:
-    """A trained rewriter as a function of requests."""
-    rewriter = load_rewriter(folder)
-    return lambda requests: [made.prompt for made in rewriter(requests)]
 
 
 def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
