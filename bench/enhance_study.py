@@ -1,4 +1,4 @@
-"""``reelforge bench enhance-study``: do rewrites help the demo's aligned model, and what does their training owe to what?
+"""``reelforge bench enhance-study``: do rewrites help the demo's aligned model, and to what is it owed?
 
 Every rewriter is trained by the command line itself. All are asked the same held-out requests, in phrasings that no
 training saw, and their clips are judged by the request. Stopped, the same command goes on: a finished run is not
@@ -229,8 +229,10 @@ def _told(interval: Interval) -> str:
 
 def markdown(rows: Sequence[Outcome], found: Sequence[tuple[str, str, str, bool]], lead: str, chosen: str) -> str:
     """The study as a page."""
-    head = ["prompts", *_ROWS, "rewards, z", "GSB against raw", f"GSB against {chosen}", "preserved", "copied", "distinct",
-            "words", "training, s"]  # fmt: skip
+    head = [
+        "prompts", *_ROWS, "rewards, z", "GSB against raw", f"GSB against {chosen}", "preserved", "copied", "distinct",
+        "words", "training, s",
+    ]  # fmt: skip
     table = [
         [
             row.name, *(f"{row.scores[name].mean:.2f}" for name in _ROWS), _told(row.gain), _vote(row, RAW),
@@ -255,8 +257,8 @@ def _conclude(
 ) -> int:  # fmt: skip
     lead = (
         f"{len(study.requests)} held-out requests, {study.config.samples} clips each, judged by the request; GSB by "
-        f"held-out voters on the same requests and noise, with 95 % intervals over requests. {chosen.capitalize()} earned "
-        f"most on {_TEMPLATE_REQUESTS} training requests: {TEMPLATES[int(chosen.split()[-1]) - 1]!r}."
+        f"held-out voters on the same requests and noise, with 95 % intervals over requests. {chosen.capitalize()} "
+        f"earned most on {_TEMPLATE_REQUESTS} training requests: {TEMPLATES[int(chosen.split()[-1]) - 1]!r}."
     )
     facts = {
         "demo": str(arguments.demo), "seed": study.exam.seed, "overrides": list(arguments.overrides),
