@@ -34,11 +34,10 @@ _HEALTH = {
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
     "saw; the student decodes frame by frame in a few steps. Columns named after a request are asked for the same "
-    "scenes in a user's words, in phrasings that no rewriter saw, and judged by the request: raw, in the template that "
-    "earned most on training requests, rewritten after the rewriter's cold start, and after its GRPO (PE). Intervals "
-    "are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what rlhf and the rewriter train on; votes come from "
-    "measures that no stage trains on and that share nothing with the rewards. The truth is clean renderings of the "
-    "same scenes, through the codec."
+    "scenes in a user's words, in phrasings that no rewriter saw, and judged by the request: raw, and rewritten (PE). "
+    "Intervals are 95 % bootstraps over prompts. Rewards (vq, mq, ta) are what rlhf and the rewriter train on; votes "
+    "come from measures that no stage trains on and that share nothing with the rewards. The truth is clean renderings "
+    "of the same scenes, through the codec."
 )
 
 

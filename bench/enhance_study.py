@@ -150,8 +150,9 @@ class Study:
 
     def judge(self, name: str, rewrite: Rewrite, against: Sequence[str] = (RAW,), seconds: float = 0.0) -> Outcome:
         """A row, compared with earlier ones; it can be compared with from then on."""
-        measured = self.references.setdefault(name, self._sample(name, rewrite))
-        raw, seed = self.references[RAW], self.exam.seed
+        if name not in self.references:
+            self.references[name] = self._sample(name, rewrite)
+        measured, raw, seed = self.references[name], self.references[RAW], self.exam.seed
         gsb = {
             other: compare(measured.scores, self.references[other].scores, measured.labels, self.panel, other, seed)
             for other in against

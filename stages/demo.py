@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from reelforge.bench.demo_report import Entrant, StageCost, judge_and_report
-from reelforge.bench.evaluation import EvaluationConfig, Judge
-from reelforge.bench.rewrites import Rewrite, best_template, template, trained, training_requests
-from reelforge.bench.toy import calibration, render
+from reelforge.bench.evaluation import EvaluationConfig
+from reelforge.bench.rewrites import trained
+from reelforge.bench.toy import render
 from reelforge.bench.toy.requests import pair, request
 from reelforge.bench.toy.world import captions, scenes
 from reelforge.engine.core import config as configuration
@@ -49,7 +49,7 @@ from reelforge.stages.enhance_config import EnhanceConfig
 from reelforge.stages.pipeline import Artefacts, Pipeline, PipelineConfig
 from reelforge.stages.sft import SftConfig, ValidationConfig
 
-_PHASES, _TEMPLATE_REQUESTS = 10, 48
+_PHASES = 10
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -170,32 +170,21 @@ class Demo:
 
     def _judge(self, made: Artefacts, longer: Path) -> Path:
         """Every column of the report: captions first, then requests with and without rewriting."""
-        config, models, requested = self.config, made.models, "rlhf, raw request"
-        aligned, student = models["rlhf"], models["distill"]
-        first, last = (trained(self.root / "enhance" / phase / "rewriter") for phase in ("cold_start", "grpo"))
+        models, rewritten = made.models, trained(self.root / "enhance" / "grpo" / "rewriter")
+        aligned, student, raw = models["rlhf"], models["distill"], "rlhf, raw request"
         entrants = {
             "base": Entrant(models["base"], (), self._cost("base")),
             "sft": Entrant(models["sft"], ("base",), self._cost("sft")),
             "sft, longer": Entrant(longer, ("sft",), self._cost("sft_longer")),
             "rlhf": Entrant(aligned, ("sft", "sft, longer"), self._cost("rlhf")),
             "student": Entrant(student, ("rlhf",), self._student_cost(), teacher="rlhf"),
-            requested: Entrant(aligned, (), rewrite=list),
-            "rlhf, template": Entrant(aligned, (requested,), rewrite=self._template(aligned)),
-            "rlhf, cold start": Entrant(aligned, (requested,), self._cost("enhance/cold_start"), rewrite=first),
-            "rlhf + PE": Entrant(
-                aligned, (requested, "rlhf, template", "rlhf, cold start"), self._cost("enhance/grpo"), rewrite=last
-            ),
-            "student, raw request": Entrant(student, (requested,), rewrite=list),
-            "student + PE": Entrant(student, ("student, raw request", "rlhf + PE"), rewrite=last),
+            raw: Entrant(aligned, (), rewrite=list),
+            "rlhf + PE": Entrant(aligned, (raw,), self._cost("enhance/grpo"), rewrite=rewritten),
+            "student, raw request": Entrant(student, (raw,), rewrite=list),
+            "student + PE": Entrant(student, ("student, raw request", "rlhf + PE"), rewrite=rewritten),
         }
+        config = self.config
         return judge_and_report(config.evaluation, entrants, self.root, config, config.seed)
-
-    def _template(self, model: Path) -> Rewrite:
-        """The best of the templates on training requests."""
-        folder, seed, size = ModelFolder.load(model), self.config.seed, self.config.evaluation.batch_size
-        video = folder.defaults.video
-        judge = Judge(calibration.learn_basis(rng.key("basis", seed), spec=video), video)
-        return template(best_template(folder, judge, training_requests(_TEMPLATE_REQUESTS), size, seed))
 
     def _announce(self, what: str) -> None:
         self._phase += 1

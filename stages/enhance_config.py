@@ -113,6 +113,8 @@ class GrpoPhase:
 
     def __post_init__(self) -> None:
         require_positive(self, "updates_per_rollout")
+        if not self.rewards:
+            raise ConfigError("grpo.rewards is empty.", "Name a scorer, or package.module:Class of your own.")
         if self.train.steps % self.updates_per_rollout:
             raise ConfigError(
                 f"grpo.train.steps is {self.train.steps} and updates_per_rollout {self.updates_per_rollout}.",

@@ -8,14 +8,15 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
-from reelforge.engine.core.errors import ConfigError, DataError
+from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError, ReelforgeError
 from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
@@ -23,8 +24,9 @@ from reelforge.engine.io.model_files import fingerprint_folders, read_json
 from reelforge.engine.model.folder import derive_model_folder
 from reelforge.engine.model.lora import load_adapter, merge
 from reelforge.engine.model.weights import load_transformer
+from reelforge.engine.rl import recipe
 from reelforge.engine.rl.recipe import RlhfConfig
-from reelforge.stages import cache, distill, enhance, rlhf, sft
+from reelforge.stages import cache, distill, distill_config, enhance, enhance_config, rlhf, sft
 from reelforge.stages.cache import CacheConfig
 from reelforge.stages.console import emit
 from reelforge.stages.distill_config import DistillConfig
@@ -47,6 +49,8 @@ _DOES = {
     "enhance": "a rewriter of prompts, from pairs and rewards",
     "distill": "a causal few-step student by self-forcing",
 }
+
+_FACTS = ("artefact", "fingerprint", "seconds")  # what the record says of a stage
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,11 @@ def load(path: Path, overrides: Sequence[str] = (), skip: Sequence[str] = ()) ->
     return configuration.build(PipelineConfig, table)
 
 
-def _fill(table: dict[str, Any], keys: list[str]) -> None:
+def _fill(table: Any, keys: list[str]) -> None:
     for parent in keys[:-1]:
-        if parent not in table:
-            return
-        table = table[parent]
-    table.setdefault(keys[-1], "")
+        table = table.get(parent) if isinstance(table, dict) else None
+    if isinstance(table, dict):  # "none" leaves a stage or a phase out
+        table.setdefault(keys[-1], "")
 
 
 class Pipeline:
@@ -156,7 +159,9 @@ class Pipeline:
             for name in self.config.stages:
                 self.announce(f"{name}: {_DOES[name]}")
                 start = time.monotonic()
-                self._note(name, getattr(self, f"_{name}")(), time.monotonic() - start)
+                with _named(name):
+                    artefact = getattr(self, f"_{name}")()
+                self._note(name, artefact, time.monotonic() - start)
         known = self._known()
         return Artefacts(self.models, self.rewriter, {name: known[name]["seconds"] for name in self.config.stages})
 
@@ -168,7 +173,9 @@ class Pipeline:
     def _cache(self) -> Path:
         assert self.config.cache is not None
         self.latents = self.root / "cache"
-        if distributed.rank() == 0:
+        if "cache" in self._known() and self.latents.exists():
+            say(f"{self.latents} is finished.")  # clips and text encoder are needed no more
+        elif distributed.rank() == 0:
             cache.run(dataclasses.replace(self.config.cache, model=self.newest, output=self.latents))
         distributed.barrier()
         return self.latents
@@ -220,9 +227,12 @@ class Pipeline:
         known, found = self._known(), _fingerprint(artefact)
         if name in known:
             if known[name]["fingerprint"] != found:
+                since, again = f"stage {name} left it", f"remove it and {self._record} to make it again"
+                if name == "base":
+                    since, again = "this pipeline was started", "choose another output"
                 raise DataError(
-                    f"{artefact} has changed since stage {name} left it ({known[name]['fingerprint']}, now {found}).",
-                    f"Put it back, or remove it and {self._record} to make it again.",
+                    f"{artefact} has changed since {since} ({known[name]['fingerprint']}, now {found}).",
+                    f"Put it back, or {again}.",
                 )
             return
         facts = {"artefact": str(artefact), "fingerprint": found, "seconds": seconds}
@@ -231,24 +241,59 @@ class Pipeline:
         distributed.barrier()
 
     def _known(self) -> dict[str, Any]:
-        return read_json(self._record) if self._record.exists() else {}
+        """The record, by stage."""
+        if not self._record.exists():
+            return {}
+        try:
+            known = read_json(self._record)
+            return {name: {key: known[name][key] for key in _FACTS} for name in known}
+        except (CheckpointError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self._record} is damaged.", "Remove it: what every stage left is then recorded as it is now."
+            ) from error
+
+
+@contextmanager
+def _named(stage: str) -> Iterator[None]:
+    """Errors say in which stage they came up."""
+    try:
+        yield
+    except ReelforgeError as error:
+        raise type(error)(f"Stage {stage}: {error.what}", error.hint) from error
 
 
 def _fingerprint(folder: Path) -> str:
-    """Hash of what a stage left: a model's transformer, or the folder's own files."""
-    transformer = folder / "transformer"
-    return fingerprint_folders(transformer if transformer.exists() else folder)
+    """Hash of what a stage left; of a model all but the text encoder, 22 GB in Wan's, which no stage changes."""
+    parts = (folder / name for name in ("transformer", "vae", "scheduler"))
+    return fingerprint_folders(folder, *(part for part in parts if part.is_dir()))
+
+
+def identity(config: PipelineConfig) -> str:
+    """Hash of what decides the results. Which files a stage reads, it checks itself, by what is in them."""
+    nowhere = Path()
+    plain: dict[str, Any] = {
+        "cache": config.cache and dataclasses.replace(config.cache, model=nowhere, output=nowhere),
+        "sft": config.sft and dataclasses.replace(sft.decisive(config.sft), model=nowhere),
+        "rlhf": config.rlhf and recipe.decisive(config.rlhf),
+        "enhance": config.enhance and enhance_config.decisive(config.enhance),
+        "distill": config.distill and distill_config.decisive(config.distill),
+    }
+    return configuration.fingerprint(dataclasses.replace(config, model=nowhere, output=nowhere, **plain))
 
 
 def main(arguments: argparse.Namespace) -> int:
     """The verb: prints what every stage left."""
     config = load(arguments.recipe, arguments.overrides, arguments.skip)
-    if distributed.rank() == 0:
-        try:
-            RunDir.open(config.output, config)
-        except ConfigError as error:
-            raise ConfigError(error.what, "Choose another output, or remove the folder.") from error
-    made = Pipeline(config).run()
+    if not config.model.is_dir():
+        raise ConfigError(f"{config.model} is no folder.", "Give a model folder in diffusers' layout.")
+    with distributed.process_group(distributed.pick_device("auto")):
+        if distributed.rank() == 0:
+            try:
+                RunDir.open(config.output, config, identity(config))
+            except ConfigError as error:
+                raise ConfigError(error.what, "Choose another output, or remove the folder.") from error
+        distributed.barrier()
+        made = Pipeline(config).run()
     models = {name: str(path) for name, path in made.models.items()}
     emit(json.dumps({"models": models, "rewriter": made.rewriter and str(made.rewriter), "seconds": made.seconds}))
     return 0

@@ -136,19 +136,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def identity(config: SftConfig) -> str:
-    """Hash of what decides the weights: not where the run is, how often it reports, or how a batch is cut up."""
-    train = dataclasses.replace(config.train, micro_batch_size=1, log_every=1, checkpoint_every=1, keep_last=1)
-    plain = dataclasses.replace(
-        config,
-        model=config.model.resolve(),
-        cache=config.cache.resolve(),
-        output=Path(),
-        train=train,
-        preview_prompts=(),
-        gradient_checkpointing=False,
-        device="auto",
-    )
+    """Hash of what decides the weights."""
+    plain = dataclasses.replace(decisive(config), model=config.model.resolve(), cache=config.cache.resolve())
     return configuration.fingerprint(plain)
+
+
+def decisive(config: SftConfig) -> SftConfig:
+    """The config but for where the run is, how often it reports, and how a batch is cut up."""
+    train = dataclasses.replace(config.train, micro_batch_size=1, log_every=1, checkpoint_every=1, keep_last=1)
+    return dataclasses.replace(
+        config, output=Path(), train=train, preview_prompts=(), gradient_checkpointing=False, device="auto"
+    )
 
 
 def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
