@@ -225,6 +225,7 @@ class Pipeline:
             DataError: it is not what the stage left.
         """
         known, found = self._known(), _fingerprint(artefact)
+        distributed.barrier()  # nobody writes before everybody has read
         if name in known:
             if known[name]["fingerprint"] != found:
                 since, again = f"stage {name} left it", f"remove it and {self._record} to make it again"

@@ -60,7 +60,11 @@ def _extended(table: dict[str, Any], folder: Path, depth: int) -> dict[str, Any]
     table = {
         name: _extended(value, folder, depth) if isinstance(value, dict) else value for name, value in table.items()
     }
-    return table if base is None else merge(read_table(folder / base, depth + 1), table)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise ConfigError(f"extends is {base!r} in a recipe of {folder}.", "It must be a file's name.")
+    return merge(read_table(folder / base, depth + 1), table)
 
 
 def merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

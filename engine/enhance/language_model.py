@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.io.model_files import fingerprint_folders
@@ -47,8 +48,8 @@ class LanguageModel:
         folder: where both are.
 
     Attributes:
-        ends: ids that end an answer.
-        pad: an id to fill rows with; masked out, so any will do.
+        ends: ids that end an answer, the tokenizer's own first.
+        pad: an id to fill rows with; masked out, so any that the model knows will do.
     """
 
     def __init__(self, model: Any, tokenizer: Any, folder: Path) -> None:
@@ -56,13 +57,13 @@ class LanguageModel:
 
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
         ends = model.generation_config.eos_token_id
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.ends = tuple(ends) if isinstance(ends, list) else (ends,)
-        if self.ends == (None,):
+        ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
+        self.ends = tuple(dict.fromkeys(end for end in ends if end is not None))
+        if not self.ends:
             raise ConfigError(
                 f"The language model in {folder} has no end-of-text token.", "Set eos_token in tokenizer_config.json."
             )
-        self.pad: int = self.ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.pad: int = self.ends[0]
         # The folder's own sampling habits (top_k, repetition penalty) must not colour a policy's samples.
         self._generation, model.generation_config = model.generation_config, GenerationConfig()
 
@@ -76,21 +77,24 @@ class LanguageModel:
             ConfigError: transformers is not installed, or the folder is not such a one.
         """
         try:
+            from huggingface_hub.errors import StrictDataclassError
             from transformers import AutoModelForCausalLM, AutoTokenizer
-            from transformers.utils import logging
         except ImportError as error:
             raise ConfigError(
                 "The prompt enhancer needs transformers.", "Run: pip install 'reelforge[wan]'."
             ) from error
-        logging.disable_progress_bar()  # this code's own say what takes time
+        _no_bars()
+        hint = "Name a local folder with config.json, *.safetensors and a tokenizer of a causal language model."
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=dtype
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            hint = "Name a local folder with config.json, *.safetensors and a tokenizer of a causal language model."
-            raise ConfigError(f"{folder} does not load ({error}).", hint) from error
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            why = " ".join(str(error).split())  # transformers writes lists
+            raise ConfigError(f"{folder} does not load ({why}).", hint) from error
+        if found["missing_keys"]:  # transformers would go on with random ones
+            raise ConfigError(f"{folder} has no weights {sorted(found['missing_keys'])[:3]}.", hint)
         return cls(model.to(device).eval(), tokenizer, folder)
 
     @classmethod
@@ -128,15 +132,21 @@ class LanguageModel:
 
     def save(self, folder: Path) -> None:
         """Write weights and tokenizer as transformers reads them."""
-        kept = self.model.generation_config
-        self.model.generation_config = self._generation
+        _no_bars()
         self.model.save_pretrained(folder)
+        self._generation.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        self.model.generation_config = kept
 
     def frozen_copy(self) -> Any:
         """The model as it is now, for reference."""
         return copy.deepcopy(self.model).eval().requires_grad_(False)
+
+
+def _no_bars() -> None:
+    """Keep transformers from drawing progress bars: this code's own say what takes time."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _byte_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:

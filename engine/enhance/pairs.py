@@ -12,7 +12,7 @@ from reelforge.engine.core import rng
 from reelforge.engine.core.errors import DataError
 from reelforge.engine.enhance.structure import Structure
 
-_CLAUSE = re.compile(r"[.;:,!?。，；！？]")
+_CLAUSE = re.compile(r"[.;:,!?]+(?=\s|$)|[。，、；：！？]")  # "3.5 m" and "1,000 birds" go on
 _MOST_WORDS = 12
 
 
@@ -39,7 +39,7 @@ def read_pairs(path: Path, structure: Structure, min_coverage: float, identity: 
         DataError: unreadable, a line that is no such record, or nothing is left.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Pairs {path} cannot be read ({error}).", "Give a file of JSON lines.") from error
     found = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -60,7 +60,7 @@ def _record(line: str, where: str) -> Pair:
         caption = record["caption"].strip()
         request, thought = record.get("request") or summary(caption), record.get("thought") or "Details are open."
         request, thought = request.strip(), thought.strip()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where} is no pair.", 'Write {"request": "...", "caption": "..."}.') from error
     if not caption or not request:
         raise DataError(f"{where} has an empty caption or request.", "Leave the line out.")

@@ -20,6 +20,7 @@ from reelforge.engine.core.metrics import JsonlLog, read_jsonl
 from reelforge.engine.enhance.completions import Completion, complete
 from reelforge.engine.enhance.dialogue import Dialogue, DialogueConfig
 from reelforge.engine.enhance.language_model import LanguageModel
+from reelforge.engine.enhance.structure import split_words
 from reelforge.engine.io.model_files import read_json, write_json
 
 _FILE = "rewriter.json"  # beside the language model's files
@@ -84,7 +85,7 @@ class Rewriter:
         self.language, self.dialogue, self.config, self.fits = language, dialogue, config, fits
         settings = dataclasses.replace(config, timeout_s=1.0, batch_size=1)
         self._name = "-".join((language.fingerprint, *map(configuration.fingerprint, (dialogue.config, settings))))
-        lines = read_jsonl(cache) if cache else ()
+        lines = [line for line in read_jsonl(cache) if {"key", "prompt"} <= line.keys()] if cache else []
         self._known: dict[str, str] = {line["key"]: line["prompt"] for line in lines}
         self._log = JsonlLog(cache) if cache else None
 
@@ -92,10 +93,10 @@ class Rewriter:
         """One :class:`Enhanced` per request, in order."""
         found: dict[str, Enhanced] = {}
         for request in dict.fromkeys(requests):
-            prompt = self._known.get(self._key(request))
-            kept = "" if prompt else self._as_it_is(request)
-            if prompt or kept:
-                found[request] = Enhanced(request, prompt or request, kept)
+            if prompt := self._known.get(self._key(request)):
+                found[request] = self._fitting(request, prompt)
+            elif kept := self._as_it_is(request):
+                found[request] = Enhanced(request, request, kept)
         open_ = [request for request in dict.fromkeys(requests) if request not in found]
         for start in range(0, len(open_), self.config.batch_size):
             batch = open_[start : start + self.config.batch_size]
@@ -106,7 +107,7 @@ class Rewriter:
         """Why a request is not put to the model; empty when it is."""
         if not self.dialogue.plain(request):
             return "the prompt is empty"
-        words = len(request.split())
+        words = len(split_words(request))
         if words > self.dialogue.config.max_request_words:
             return f"the prompt is complete with {words} words"
         needed = len(self.dialogue.ask(request)) + self.dialogue.config.max_new_tokens
@@ -116,17 +117,16 @@ class Rewriter:
 
     def _rewrite(self, requests: Sequence[str]) -> list[Enhanced]:
         dialogue, config = self.dialogue, self.config
+        keys = [rng.key("rewrite:" + dialogue.plain(request), config.seed) for request in requests]
         answers = complete(
             self.language,
             [dialogue.ask(request) for request in requests],
             dialogue.config.max_new_tokens,
-            [rng.key("rewrite:" + request, config.seed) for request in requests] if config.temperature else None,
+            keys if config.temperature else None,
             config.temperature or 1.0,
             config.timeout_s,
         )
-        made = [self._judge(request, answer) for request, answer in zip(requests, answers, strict=True)]
-        self._keep([each for each in made if not each.kept])
-        return made
+        return [self._judge(request, answer) for request, answer in zip(requests, answers, strict=True)]
 
     def _judge(self, request: str, answer: Completion) -> Enhanced:
         prompt = self.dialogue.read(answer.ids)
@@ -135,20 +135,24 @@ class Rewriter:
             why = f"the answer has more than {len(answer.ids)} tokens" if long else "the answer took too long"
         elif prompt is None:
             why = "the answer is not in form"
-        elif not self.fits(prompt):
-            why = "the answer is too long for the text encoder"
         else:
-            return Enhanced(request, prompt)
+            self._keep(self._key(request), request, prompt)
+            return self._fitting(request, prompt)
         return Enhanced(request, request, why)
 
-    def _keep(self, made: Sequence[Enhanced]) -> None:
-        self._known |= {self._key(each.request): each.prompt for each in made}
+    def _fitting(self, request: str, prompt: str) -> Enhanced:
+        if self.fits(prompt):
+            return Enhanced(request, prompt)
+        return Enhanced(request, request, "the answer is too long for the text encoder")
+
+    def _keep(self, key: str, request: str, prompt: str) -> None:
+        self._known[key] = prompt
         if self._log:
-            for each in made:
-                self._log.write(key=self._key(each.request), request=each.request, prompt=each.prompt)
+            self._log.write(key=key, request=request, prompt=prompt)
 
     def _key(self, request: str) -> str:
-        return hashlib.sha256(f"{self._name}\0{request}".encode()).hexdigest()[:32]
+        # A request from the command line may hold bytes that are no text.
+        return hashlib.sha256(f"{self._name}\0{request}".encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def save_rewriter(language: LanguageModel, dialogue: DialogueConfig, folder: Path) -> None:

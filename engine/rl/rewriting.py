@@ -108,7 +108,7 @@ class RewritingTask:
         self.fusion, self.requests, self.config, self.loss = fusion, tuple(requests), config, loss
         self.updates, self.train = updates, train
         self.axes = (*filming.scoring.axes, STRUCTURE)
-        self.reference = language.frozen_copy()
+        self.reference = language.frozen_copy() if loss.kl else None
         self._rows: list[_Row] = []
         self._tokens = 0.0
         self._facts: list[dict[str, Any]] = []
@@ -128,7 +128,8 @@ class RewritingTask:
                 self._keep(rows, logp, tokens)
             counted = tokens & torch.tensor([row.counted for row in rows], device=tokens.device)[:, None]
             advantages = torch.tensor([row.advantage for row in rows], device=logp.device)
-            old, reference = (_stacked([getattr(r, of) for r in rows], logp) for of in ("logp_old", "logp_reference"))
+            old = _stacked([row.logp_old for row in rows], logp)
+            reference = _stacked([row.logp_reference for row in rows], logp) if self.reference else logp.detach()
             total, found = text_loss(logp, old, reference, advantages, counted, self.loss)
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in found.items()}
             yield total / max(self._tokens, 1.0)
@@ -222,7 +223,7 @@ class RewritingTask:
             )
         ]
         with torch.no_grad():
-            for rows in self._micro_batches():
+            for rows in self._micro_batches() if self.reference else ():
                 logp, _ = self._logp(self.reference, rows)
                 for row, values in zip(rows, logp, strict=True):
                     row.logp_reference = values[: len(row.answer.ids)]

@@ -111,3 +111,47 @@ def test_epochs_show_everything_once_and_do_not_depend_on_who_asks() -> None:
     assert whole[:5] != whole[5:10]
     assert rng.in_epochs("order", 3, 5, [12, 1, 7]) == [whole[12], whole[1], whole[7]]
     assert whole[:5] == rng.generator("order", 3, 0).permutation(5).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 4, 1001])
+def test_uniforms_are_those_of_each_key(count: int) -> None:
+    whole = rng.uniforms(KEYS, count)
+    assert whole.shape == (6, count) and whole.dtype == torch.float32
+    assert torch.equal(whole, torch.stack([rng.uniform(key, count) for key in KEYS]))
+    assert torch.equal(whole[[4, 1]], rng.uniforms([KEYS[4], KEYS[1]], count))
+
+
+def test_gumbel_noise_is_that_of_the_uniforms_and_of_each_key_alone() -> None:
+    """-log(-log(1 - u)), the distribution function's inverse at 1 - u."""
+    drawn = rng.gumbel(KEYS, 1001)
+    u = rng.uniforms(KEYS, 1001).double()
+    assert drawn.dtype == torch.float32
+    assert np.allclose(drawn.double(), stats.gumbel_r.ppf(1 - u), rtol=2e-6, atol=1e-6)
+    assert torch.equal(drawn[2:3], rng.gumbel([KEYS[2]], 1001))
+    assert torch.equal(drawn[:, :7], rng.gumbel(KEYS, 7))
+
+
+def test_gumbel_noise_is_gumbel() -> None:
+    sample = rng.gumbel([rng.key("distribution", 3)], 200_000)[0].double().numpy()
+    assert np.isfinite(sample).all()
+    assert stats.kstest(sample, "gumbel_r").pvalue > 1e-3
+    tail = stats.gumbel_r.sf(8.0) * len(sample)  # 67 of them, where float32 next to 1 would begin to step
+    assert abs((sample > 8.0).sum() - tail) < 4 * math.sqrt(tail)
+
+
+def test_gumbel_noise_is_finite_at_both_ends(monkeypatch) -> None:
+    """Of all uniforms, the two at the ends would be infinite; the upper tail still tells neighbours apart."""
+    ends = torch.tensor([[0.0, 2.0**-31, 2.0**-30, 0.5, 1 - 2.0**-24]])
+    monkeypatch.setattr(rng, "uniforms", lambda keys, count, device: ends)
+    drawn = rng.gumbel(KEYS[:1], 5)[0]
+    assert torch.isfinite(drawn).all() and (drawn.diff() < 0).all()
+    assert drawn[1].item() == pytest.approx(31 * math.log(2), rel=1e-6)
+
+
+def test_the_largest_of_logits_and_gumbel_noise_is_a_draw_from_their_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0, -torch.inf])
+    drawn = (logits + rng.gumbel([rng.key("choice", n) for n in range(30_000)], 6)).argmax(1)
+    expected = torch.softmax(logits.double(), 0)[:5].numpy() * 30_000
+    counts = np.bincount(drawn.numpy(), minlength=6)
+    assert counts[5] == 0
+    assert stats.chisquare(counts[:5], expected).pvalue > 1e-3
