@@ -1,15 +1,16 @@
-# make demo · make test · make lint · make gate · make bench: each does its own set-up in .venv.
+# make demo · make test · make study · make lint · make gate · make bench: each does its own set-up in .venv.
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
+STUDY  ?= study
 # The Triton that the GPU machines have: the gate compiles with it beside the installed one.
 GPU_TRITON := $(VENV)/triton-3.6.0
 JOBS   ?= 2
 
-.PHONY: demo test lint gate bench venv clean
+.PHONY: demo study test lint gate bench venv clean
 .DEFAULT_GOAL := test
 
 venv: $(STAMP)
@@ -41,6 +42,10 @@ $(GPU_TRITON): | $(STAMP)
 # Registers, spills and instructions of every kernel for sm_90a against bench/records/gate; needs no GPU.
 gate: venv $(GPU_TRITON)
 	$(BIN)/reelforge bench gate
+
+# The whole pipeline under three seeds and every ablation: hours; the same command goes on where it stopped.
+study: venv
+	$(BIN)/reelforge bench study --out $(STUDY)
 
 bench: venv
 	$(BIN)/python -m pytest bench -q --benchmark-sort=name --benchmark-columns=min,median,rounds

@@ -100,6 +100,10 @@ def _add_studies(verb: _Verb, drive: Drive) -> None:
     ablation.add_argument("--nfe", type=int, default=20_000, help="network evaluations an arm (default: %(default)s)")
     ablation.add_argument("--seconds", type=float, help="train every arm for so many seconds as well")
     distilled = verb("distill-study", "is the demo's student level with its teacher, and what is it owed to", parity)
+    whole = verb("study", "the pipeline under three seeds and every ablation, one page from records", _lazily("study"))
+    whole.add_argument("--out", type=Path, default=Path("study"), metavar="DIR", help="folder (default: %(default)s)")
+    whole.add_argument("--page", type=Path, default=Path("docs/miniature.md"), help="(default: %(default)s)")
+    whole.add_argument("--nfe", type=int, default=8_000, help="of each arm of rl-ablation (default: %(default)s)")
     enhanced = verb("enhance-study", "do rewrites help the demo's aligned model, and what is it owed to", rewriting)
     for parser, out, samples, recipe in (
         (study, "rl_study", None, "rlhf"),

@@ -1,6 +1,7 @@
 """Judges the demo's stages on the same held-out prompts and seeds, and writes results.json and report.html."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from reelforge.bench.rewrites import Rewrite, held_out_requests, kept
 from reelforge.bench.toy import calibration
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
+from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.core.progress import say
 from reelforge.engine.judge import results
@@ -21,7 +23,7 @@ from reelforge.engine.judge.charts import Curve, read_series
 from reelforge.engine.judge.gsb import Gsb, Panel, compare, fix_panel
 from reelforge.engine.judge.report import write_report
 from reelforge.engine.judge.results import Calibration, Results, StageResult
-from reelforge.engine.judge.sheets import Row, Sheet
+from reelforge.engine.judge.sheets import Row, Sheet, contact_sheet, webp
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 
@@ -124,6 +126,9 @@ def judge_and_report(
     if texts:
         pages.insert(1, _request_sheet({name: evaluations[name] for name in texts}, exam, texts))
     write_report(outcome, pages, _curves(entrants), report)
+    for sheet in pages:
+        name = "_".join(re.findall("[a-z]+", sheet.title.lower()))
+        replace_file(make_folder(root / "sheets") / f"{name}.webp", webp([contact_sheet(sheet)], lossless=False))
     return report
 
 

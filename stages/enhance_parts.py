@@ -140,6 +140,9 @@ def film_crew(phase: GrpoPhase, model: Path, device: torch.device) -> Filming:
 def _check_proxy(phase: GrpoPhase, task: RewritingTask) -> None:
     """Refuse a proxy that ranks videos otherwise than the generator.
 
+    What is ranked is what a rewrite gains over its request from the same noise: between requests both models agree
+    about which scenes are easy, and no group compares those.
+
     Raises:
         ConfigError: with their correlation.
     """
@@ -148,8 +151,10 @@ def _check_proxy(phase: GrpoPhase, task: RewritingTask) -> None:
     answers = task.write([(request, rng.key("proxy_check", place)) for place, request in enumerate(requests)])
     texts = [task.dialogue.read(answer.ids) for answer in answers]
     takes = [Take(request, text or request, 0) for request, text in zip(requests, texts, strict=True)]
-    real = film_crew(phase, phase.generator, task.language.device)
-    found = rank_correlation(task.filming(takes), real(takes))
+    plain = [Take(request, request, 0) for request in requests]
+    crews = task.filming, film_crew(phase, phase.generator, task.language.device)
+    proxy, real = (crew(takes) - crew(plain) for crew in crews)
+    found = rank_correlation(proxy, real)
     say(f"The proxy ranks {len(takes)} videos as the generator does with a Spearman correlation of {found:.2f}.")
     if not found >= phase.proxy.min_correlation:
         raise ConfigError(

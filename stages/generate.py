@@ -18,7 +18,6 @@ from reelforge.engine.core.errors import ConfigError, Interrupted
 from reelforge.engine.core.files import make_folder
 from reelforge.engine.core.interrupt import StopRequest, stop_on_signals
 from reelforge.engine.core.progress import say, track
-from reelforge.engine.core.types import TextEncoder
 from reelforge.engine.enhance.rewriter import Enhanced, load_rewriter
 from reelforge.engine.io.video import write_video
 from reelforge.engine.model.folder import ModelFolder, load_generation_defaults
@@ -78,14 +77,14 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _enhanced(arguments: argparse.Namespace, prompts: Sequence[str], encoder: TextEncoder) -> list[Enhanced]:
+def _enhanced(arguments: argparse.Namespace, prompts: Sequence[str], generator: Generator) -> list[Enhanced]:
     """The prompts as a rewriter puts them, remembered in ``--out``; without one as they are."""
     if arguments.enhance is None:
         return [Enhanced(prompt, prompt) for prompt in prompts]
     made = load_rewriter(
         arguments.enhance,
         device=pick_device("auto"),
-        fits=lambda prompt: encoder.num_tokens(prompt) <= encoder.max_tokens,
+        fits=generator.fits,
         cache=make_folder(arguments.out) / "enhanced.jsonl",
     )(prompts)
     for each in made:
@@ -102,7 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
     generator = Generator(_load(arguments, dtype, device), config, arguments.seed)
     weights = _weights_state(arguments.model, arguments.transformer, arguments.adapter)
     made_by = f"{fingerprint(config)} {weights}"
-    asked = _enhanced(arguments, prompts, generator.folder.text_encoder)
+    asked = _enhanced(arguments, prompts, generator)
     targets = _targets(asked, config.samples, arguments.seed, make_folder(arguments.out), made_by)
     missing = [target for target in targets if not target.path.exists()]
     batches = [missing[i : i + config.batch_size] for i in range(0, len(missing), config.batch_size)]

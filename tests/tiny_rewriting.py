@@ -48,6 +48,9 @@ class Screen:
         self.config = SimpleNamespace(batch_size=4)
         self.unscored, self.even = unscored, even
 
+    def fits(self, prompt: str) -> bool:
+        return len(prompt.split()) < 100
+
     def latents(self, jobs: Sequence[Job]) -> Tensor:
         """``[B, 4, 1, 1, 1]``; the last number tells who has no score."""
         keys = [rng.key("video:" + job.prompt, job.prompt_id, job.member) for job in jobs]

@@ -127,6 +127,11 @@ class Generator:
         few = self.config.denoising_steps
         return self.config.schedule.few_step(few) if few else self.config.schedule.grid(self.config.num_steps)
 
+    def fits(self, prompt: str) -> bool:
+        """Whether the text encoder takes the whole prompt."""
+        encoder = self.folder.text_encoder
+        return encoder.num_tokens(prompt) <= encoder.max_tokens
+
     def latents(self, jobs: Sequence[Job], on_step: OnStep | None = None) -> Tensor:
         """x0 ``[B, C, T, H, W]`` of a batch of jobs; cancel it by raising from ``on_step``."""
         model = self.folder.transformer

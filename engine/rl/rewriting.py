@@ -131,6 +131,8 @@ class RewritingTask:
             old = _stacked([row.logp_old for row in rows], logp)
             reference = _stacked([row.logp_reference for row in rows], logp) if self.reference else logp.detach()
             total, found = text_loss(logp, old, reference, advantages, counted, self.loss)
+            if self.reference is None:
+                del found["kl_reference"]
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in found.items()}
             yield total / max(self._tokens, 1.0)
         facts = {name: value / max(self._tokens, 1.0) for name, value in self._totals(sums).items()}
@@ -173,7 +175,7 @@ class RewritingTask:
         keys = [rng.key("rewrite", seed, iteration, slot, member) for slot in own for member in range(group)]
         answers = self.write(list(zip([text for text in mine for _ in range(group)], keys, strict=True)))
         written_s, filmed = time.monotonic() - start, self.filming.seconds
-        texts = [self.dialogue.read(answer.ids) if answer.finished else None for answer in answers]
+        texts = [self._read(answer) for answer in answers]
         rewards = torch.zeros(len(self.axes), size, group + 1, dtype=torch.float64)
         rewards[:, own] = self._rewards(mine, texts, iteration)
         rewards = self._everywhere(rewards)
@@ -200,6 +202,11 @@ class RewritingTask:
                 "rollout_s": time.monotonic() - start,
             }
         )
+
+    def _read(self, answer: Completion) -> str | None:
+        """The prompt, unless serving would not use it: cut, out of form, or too long for the text encoder."""
+        text = self.dialogue.read(answer.ids) if answer.finished else None
+        return text if text is not None and self.filming.generator.fits(text) else None
 
     def _rewards(self, requests: Sequence[str], texts: Sequence[str | None], iteration: int) -> Tensor:
         """``[R, P, G + 1]`` of this rank's groups; the last member is the request itself."""

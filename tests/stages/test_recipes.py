@@ -43,7 +43,7 @@ CAPTIONS = (
 FREE = {
     "model", "data", "output", "cache", "prompts", "language_model", "pairs", "requests", "generator", "teacher",
     "student", "critic", "rewards", "scorers", "steps", "num_steps", "batch_size", "micro_batch_size", "count",
-    "substeps", "clips", "samples", "num_frames", "height", "width", "min", "max_new_tokens", "batch_groups", "sampling",
+    "substeps", "clips", "samples", "num_frames", "height", "width", "min", "max_new_tokens", "sampling",
 }  # fmt: skip
 
 
@@ -100,18 +100,16 @@ ENHANCE = [
     "grpo.requests={requests}", "grpo.generator={model}", "grpo.train.steps=2",
 ]  # fmt: skip
 ENHANCE_WAN = [
-    *ENHANCE, "cold_start.pairs={captions}", "grpo.rewards=['clip={clip}']", "grpo.held_out.requests={requests}", "cold_start.train.batch_size=4",
-    "grpo.train.batch_size=2", "grpo.sampling=['video.num_frames=9', 'num_steps=4', 'batch_size=2']",
-    "dialogue.max_new_tokens=128",
+    *ENHANCE, "cold_start.pairs={captions}", "cold_start.train.batch_size=4", "grpo.rewards=['clip={clip}']",
+    "grpo.held_out.requests={requests}", "grpo.train.batch_size=2", "dialogue.max_new_tokens=128",
+    "grpo.sampling=['video.num_frames=9', 'num_steps=4', 'batch_size=2']",
 ]  # fmt: skip
 RLHF_WAN = [
     *RLHF, "rewards=['clip={clip}']", "held_out.scorers=['pick={clip}']", *TINY_VIDEO, "train.steps=2",
     "train.batch_size=2", "rollout.num_steps=6", "plan.steps=[0, 4]",
 ]  # fmt: skip
-CYCLE = [
-    "self_forcing.train.steps=6",
-    "self_forcing.train.batch_size=2",
-]  # five steps of the critic, one of the student
+# Five steps of the critic and one of the student.
+CYCLE = ["self_forcing.train.steps=6", "self_forcing.train.batch_size=2"]
 DISTILL_WAN = [
     "teacher={model}", "student={model}", "critic={model}", "prompts={prompts}", "output={out}", "video.num_frames=33",
     "video.height=16", "video.width=16", "causal_init.pairs.count=3", "causal_init.pairs.substeps=2",
