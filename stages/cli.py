@@ -39,7 +39,7 @@ def _with_overrides(parser: argparse.ArgumentParser) -> None:
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the demo (default: %(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help="a minute instead of five; shows that it runs, not how well"
+        "--quick", action="store_true", help="a minute instead of ten; shows that it runs, not how well"
     )
     parser.add_argument("--seed", type=int, default=0, help="names every random draw (default: %(default)s)")
 

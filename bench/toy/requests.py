@@ -15,7 +15,8 @@ from reelforge.bench.toy.world import NAMES, Scene, captions, parse_prompt
 
 Phrasings = Literal["train", "held_out"]
 
-# A request is an opening, a core and a closing; the held-out ones share no core and no opening with training.
+# A request is an opening, a core and a closing; the held-out ones share no core with training, and no
+# opening but none at all.
 _OPENINGS: Mapping[Phrasings, tuple[str, ...]] = {
     "train": ("", "", "", "show me ", "i want ", "make ", "give me ", "please draw "),
     "held_out": ("", "can you do ", "a clip of ", "i would like "),
