@@ -87,6 +87,8 @@ class LanguageModel:
         hint = "Name a local folder with config.json, *.safetensors and a tokenizer of a causal language model."
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            if not tokenizer("a", add_special_tokens=False).input_ids:  # transformers makes an empty one up
+                raise ValueError("it has no tokenizer")
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
             )

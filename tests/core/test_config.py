@@ -29,6 +29,13 @@ class Outer:
     inner: Inner = Inner()
 
 
+@dataclass(frozen=True)
+class Chain:
+    first: Outer
+    second: Outer
+    label: str = ""
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
@@ -49,6 +56,55 @@ def test_extends_and_overrides(tmp_path: Path) -> None:
     recipe = write(tmp_path / "sub/top.toml", "extends = '../base.toml'\n[inner]\nrate = 0.2")
     loaded = config.load(Outer, recipe, ["inner.betas=[0.1, 0.2]", "name=bare words", "steps=7"])
     assert loaded == Outer(7, "bare words", inner=Inner(0.2, "unipc", (0.1, 0.2)))
+
+
+def test_a_table_extends_the_recipe_of_another_verb(tmp_path: Path) -> None:
+    """What it says itself counts more; the file's own tables come with it; siblings are left alone."""
+    write(tmp_path / "run.toml", "steps = 1\nname = 'run'\nsizes = [1, 2]\n[inner]\nrate = 0.1\nkind = 'unipc'")
+    recipe = write(
+        tmp_path / "chain.toml",
+        "label = 'chain'\n[first]\nextends = 'run.toml'\nsizes = [3]\n[first.inner]\nrate = 0.2\n[second]\nsteps = 5",
+    )
+    first = Outer(1, "run", sizes=(3,), inner=Inner(0.2, "unipc"))
+    assert config.load(Chain, recipe) == Chain(first, Outer(5), "chain")
+    overridden = config.load(Chain, recipe, ["first.steps=9", "first.inner.kind=euler"])
+    assert overridden.first == Outer(9, "run", sizes=(3,), inner=Inner(0.2, "euler"))
+
+
+def test_every_extends_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
+    """Through folders, from tables within extended recipes, and when the whole recipe extends another one."""
+    for name in ("verbs/parts", "mine"):
+        (tmp_path / name).mkdir(parents=True)
+    write(tmp_path / "verbs/parts/inner.toml", "rate = 0.3\nkind = 'unipc'")
+    write(tmp_path / "verbs/run.toml", "steps = 1\n[inner]\nextends = 'parts/inner.toml'\nrate = 0.4")
+    write(tmp_path / "chain.toml", "[first]\nextends = 'verbs/run.toml'\nname = 'one'\n[second]\nsteps = 2")
+    recipe = write(tmp_path / "mine/top.toml", "extends = '../chain.toml'\n[second]\nextends = '../verbs/run.toml'")
+    found = config.load(Chain, recipe)
+    assert found.first == Outer(1, "one", inner=Inner(0.4, "unipc"))
+    # The table's own file lies over what the whole recipe extends.
+    assert found.second == Outer(1, inner=Inner(0.4, "unipc"))
+    assert not any("extends" in table for table in tables(config.read_table(recipe)))
+
+
+def tables(table: dict) -> list[dict]:
+    """It and all within it."""
+    return [table, *(found for inner in table.values() if isinstance(inner, dict) for found in tables(inner))]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[first]\nextends = 'gone.toml'", "gone.toml cannot be read"),
+        ("[first]\nextends = 3", "extends is 3 in a recipe of .* It must be a file's name"),
+        ("extends = ['a.toml']", r"extends is \['a.toml'\]"),
+        ("[first]\nextends = 'top.toml'", "chain of more than 8 recipes. Break the cycle"),
+        ("[first.inner]\nextends = 'other.toml'", "'first.inner.steps'. Allowed: betas, kind, rate"),
+    ],
+)
+def test_what_a_table_cannot_extend_is_named(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path / "other.toml", "steps = 1")
+    with pytest.raises(ConfigError, match=message):
+        config.load(Chain, write(tmp_path / "top.toml", text))
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, UMT5Config, UMT5En
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.enhance.completions import complete
 from reelforge.engine.enhance.dialogue import TAGS, Dialogue, DialogueConfig
-from reelforge.engine.enhance.language_model import LanguageModel
+from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
 
-MAKE = """
+CONFIG, CORPUS = TinyLanguageModelConfig(64, 1, 320, 64), ["a red ball", "two dogs", "b"] * 50
+MAKE = f"""
 import sys
 from pathlib import Path
 from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
-config, texts = TinyLanguageModelConfig(64, 1, 320, 64), ["a red ball", "two dogs", "b"] * 50
-made = LanguageModel.create(config, texts, 7, Path(sys.argv[1]))
+made = LanguageModel.create({CONFIG}, {CORPUS}, 7, Path(sys.argv[1]))
 LanguageModel.load(made.folder).save(Path(sys.argv[1] + "-saved"))
 """
 
@@ -61,16 +61,14 @@ def test_making_one_leaves_torchs_global_state_alone(make) -> None:
 def test_another_process_makes_the_same_files_and_draws_no_bars(tmp_path) -> None:
     """Tokenizer and weights, byte by byte, whatever the hash seed and the threads; neither making, saving nor loading
     writes on the screen."""
-    folders = [tmp_path / name for name in ("a", "b")]
-    for place, folder in enumerate(folders):
-        seeds = {"PYTHONHASHSEED": str(place), "RAYON_NUM_THREADS": str(1 + 3 * place), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", MAKE, folder], env=seeds, capture_output=True, text=True, check=True
-        )
-        assert done.stdout == "" and done.stderr == ""
-    names = sorted(path.name for path in folders[0].iterdir())
-    assert names == sorted(path.name for path in folders[1].iterdir())
-    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
+    here, there = tmp_path / "here", tmp_path / "there"
+    LanguageModel.create(CONFIG, CORPUS, 7, here)
+    settings = {"PYTHONHASHSEED": "5", "RAYON_NUM_THREADS": "4", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MAKE, there], env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr == ""
+    names = sorted(path.name for path in here.iterdir())
+    assert names == sorted(path.name for path in there.iterdir())
+    assert all((here / name).read_bytes() == (there / name).read_bytes() for name in names)
 
 
 def test_the_tokenizer_keeps_any_text_and_holds_each_mark_as_one_token(language) -> None:
@@ -220,6 +218,10 @@ FAULTS = {
     "unknown model": (lambda f: edit(f / "config.json", model_type="own"), "does not load"),
     "no config": (lambda f: (f / "config.json").unlink(), "does not load"),
     "config is cut": (lambda f: (f / "config.json").write_text('{"model'), "does not load"),
+    "no tokenizer": (
+        lambda f: [path.unlink() for path in f.glob("tokenizer*")],
+        r"does not load \(it has no tokenizer\)",
+    ),
     "tokenizer is cut": (lambda f: (f / "tokenizer.json").write_text('{"ver'), "does not load"),
     "tokenizer of another kind": (lambda f: (f / "tokenizer.json").write_text("{}"), "does not load"),
 }
@@ -257,12 +259,3 @@ def test_a_text_encoder_is_no_language_model(folder, tmp_path) -> None:
         shutil.copy(folder / file, tmp_path / "encoder")
     with pytest.raises(ConfigError, match="does not load.*causal language model"):
         LanguageModel.load(tmp_path / "encoder")
-
-
-def test_a_folder_without_a_tokenizer_is_refused_before_it_is_asked(folder, tmp_path) -> None:
-    """transformers makes an empty one up."""
-    shutil.copytree(folder, tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).unlink()
-    with pytest.raises(ConfigError):
-        Dialogue(DialogueConfig(), LanguageModel.load(tmp_path / "model").tokenizer)

@@ -149,6 +149,8 @@ def killed(moment: str, recipe: Path) -> int:
         before, _, stage = moment.partition(" ")
         if before == "in":
             signal_within(patch, stage, signal.SIGKILL)
+        elif before == "filling":  # its model folder, which must not be there before it is whole
+            patch.setattr("reelforge.engine.model.folder._save_defaults", die)
         elif before == "merging":
             patch.setattr(Pipeline, "_finish", die_at(stage, Pipeline._finish))
         elif before == "recording":
@@ -163,7 +165,7 @@ def killed(moment: str, recipe: Path) -> int:
 
 
 MOMENTS = (
-    "recording base", "in cache", "recording cache", "in sft", "merging sft", "recording sft", "in rlhf",
+    "recording base", "in cache", "recording cache", "in sft", "merging sft", "filling sft", "recording sft", "in rlhf",
     "merging rlhf", "before enhance", "in cold_start", "in grpo", "recording enhance", "in causal_init",
     "in self_forcing", "recording distill",
 )  # fmt: skip
@@ -175,25 +177,6 @@ def test_a_pipeline_that_is_killed_within_and_between_stages_ends_as_if_it_had_n
         assert killed(moment, recipe) == -signal.SIGKILL, moment
     assert run(recipe) == 0
     assert_same_end(tmp_path / "run", whole)
-
-
-def test_a_model_folder_that_was_half_written_is_made_again(recipe_in, whole, tmp_path, monkeypatch):
-    """Killed while the fine-tuned model's folder is being filled: what is not whole is not there."""
-    recipe = recipe_in(tmp_path, **SHORT)
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(
-            "reelforge.engine.model.folder._save_defaults", lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        )
-        try:
-            run(recipe)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert not (tmp_path / "run/sft_model").exists() and list((tmp_path / "run").glob(".sft_model.*"))
-    assert run(recipe) == 0
-    assert_same_end(tmp_path / "run", whole, STAGES[:3])
-    assert not list((tmp_path / "run").glob(".sft_model.*"))
 
 
 # --- a stage that fails ---

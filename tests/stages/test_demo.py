@@ -19,7 +19,10 @@ from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages.cli import main
 from reelforge.stages.demo import load_config
 
-TEACHER = "rlhf, guidance 1.5"
+COLUMNS = [
+    "base", "sft", "sft, longer", "rlhf", "student", "rlhf, raw request", "rlhf + PE", "student, raw request",
+    "student + PE",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,34 +53,68 @@ def test_a_stopped_demo_went_on_where_it_was(demo: Path) -> None:
 
 
 def test_the_student_is_causal_and_generates_by_its_folder(demo: Path, tmp_path: Path) -> None:
-    folder = demo / "student/model"
+    folder = demo / "distill/model"
     defaults = load_generation_defaults(folder)
     assert (defaults.chunk_frames, defaults.guidance_scale, defaults.context.kind) == (1, 1.0, "last_step")
     assert main(["generate", str(folder), "--prompt", "a red circle moving up", "--out", str(tmp_path)]) == 0
     assert read_video(next(tmp_path.glob("*.mp4"))).frames.shape == (17, 32, 32, 3)
 
 
-def test_the_loss_falls(demo: Path) -> None:
+@pytest.mark.parametrize(
+    ("stage", "loss"),
+    [
+        ("base", "loss"),
+        ("sft", "loss"),
+        ("enhance/cold_start", "loss"),
+        ("distill/causal_init", "loss"),
+        ("distill/self_forcing", "critic_loss"),
+    ],
+)
+def test_the_loss_falls(demo: Path, stage: str, loss: str) -> None:
+    losses = [line[loss] for line in read_jsonl(demo / stage / "metrics.jsonl") if loss in line]
+    last = losses[-max(1, len(losses) // 4) :]
+    assert sum(last) / len(last) < 0.8 * losses[0]
+
+
+def test_what_was_held_out_of_pretraining_improves(demo: Path) -> None:
     validation = [r["validation_loss"] for r in read_jsonl(demo / "base/metrics.jsonl") if "validation_loss" in r]
-    training = [r["loss"] for r in read_jsonl(demo / "base/metrics.jsonl") if "loss" in r]
-    assert training[-1] < 0.9 * training[0] and validation[-1] < validation[0]
+    assert validation[-1] < validation[0]
+
+
+@pytest.mark.parametrize(
+    "stage", ["base", "sft", "sft_longer", "rlhf", "enhance/cold_start", "enhance/grpo", "distill/causal_init"]
+)
+def test_every_stage_has_gradients(demo: Path, stage: str) -> None:
+    norms = [line["grad_norm"] for line in read_jsonl(demo / stage / "metrics.jsonl") if "grad_norm" in line]
+    assert norms and all(0 < norm < float("inf") for norm in norms)
+
+
+def test_the_student_and_its_critic_have_gradients(demo: Path) -> None:
+    lines = [line for line in read_jsonl(demo / "distill/self_forcing/metrics.jsonl") if "dmd" in line]
+    assert lines and all(0 < line[name] < float("inf") for line in lines for name in ("grad_norm", "critic_grad_norm"))
 
 
 def test_results_hold_every_stage_and_the_truth(demo: Path) -> None:
     found = results.read(demo / "results.json")
-    assert [stage.name for stage in found.stages] == ["base", "sft", "sft, guidance 2", "rlhf", TEACHER, "student"]
-    base, tuned, guided, aligned, teacher, student = found.stages
+    assert [stage.name for stage in found.stages] == COLUMNS
+    base, tuned, longer, aligned, student, raw, rewritten, *students = found.stages
     assert base.gsb == () and tuned.gsb[0].reference == "base"
-    assert [vote.reference for vote in aligned.gsb] == ["sft", "sft, guidance 2"]
-    assert aligned.seconds_train and aligned.steps == 4 and guided.seconds_train is None
-    assert [vote.reference for vote in student.gsb] == [TEACHER, "rlhf"] and teacher.seconds_train is None
-    assert student.seconds_train and student.steps == 10
-    # 5 frames of 16 tokens: six steps of the teacher under guidance, two of the student, whose past costs no pass.
-    assert (teacher.token_forwards, student.token_forwards) == (2 * 6 * 80, 2 * 80)
+    assert [vote.reference for vote in aligned.gsb] == ["sft", "sft, longer"]
+    assert aligned.seconds_train and aligned.steps == 4 and longer.steps == 10
+    assert [vote.reference for vote in student.gsb] == ["rlhf"]
+    assert student.seconds_train and student.steps == 120
+    # 5 frames of 16 tokens: six steps of the teacher, two of the student, whose past costs no pass.
+    assert (aligned.token_forwards, student.token_forwards) == (6 * 80, 2 * 80)
+    # Requests are compared among themselves.
+    assert raw.gsb == () and raw.seconds_train is None and all(score.change is None for score in raw.scores.values())
+    assert [vote.reference for vote in rewritten.gsb] == ["rlhf, raw request"] and rewritten.seconds_train
+    assert [vote.reference for vote in students[1].gsb] == ["student, raw request", "rlhf + PE"]
+    assert all(score.change is not None for score in rewritten.scores.values())
+    assert "100 % are the request itself" in raw.note and "still name all that the request names" in rewritten.note
     assert "of the way from clean clips of other prompts" in student.note and " ms" in student.note
     vote = tuned.gsb[0]
     assert vote.good + vote.same + vote.bad == found.clips == 48 and found.prompts == 48
-    assert base.nfe == tuned.nfe == aligned.nfe == 6 and guided.nfe == 12 and base.seconds_per_video > 0
+    assert base.nfe == tuned.nfe == aligned.nfe == 6 and base.seconds_per_video > 0
     assert not {"vq", "mq", "ta"} & set(vote.voters)
     for name, truth in found.truth.scores.items():
         assert truth.low <= truth.mean <= truth.high, name
