@@ -30,6 +30,7 @@ from reelforge.stages.pipeline import Pipeline
 
 TRAINS = ("sft", "rlhf", "cold_start", "grpo", "causal_init", "self_forcing")  # loops, by their label
 STAGE_OF = dict(zip(TRAINS, ("sft", "rlhf", "enhance", "enhance", "distill", "distill"), strict=True))
+SHORT = {"enhance": None, "distill": None}
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,6 @@ def record(output: Path) -> dict[str, dict]:
 def files(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
-
-SHORT = {"enhance": None, "distill": None}
 
 # --- stopped and killed ---
 
@@ -350,16 +349,12 @@ def test_what_decides_nothing_may_change(finished, recipe_in, tmp_path, whole):
 # --- several processes ---
 
 SMOOTH = {"lr": 1e-3, "warmup_steps": 1, "ema_decay": 0.5, "eps": 1e-3}  # where a gradient is 0 but for rounding
+OPTIMIZERS = ("sft", "rlhf", "enhance__cold_start", "enhance__grpo", "distill__causal_init", "distill__self_forcing")
 SPREAD = {
-    "sft__optimizer": SMOOTH,
-    "rlhf__optimizer": SMOOTH,
+    **{f"{phase}__optimizer": SMOOTH for phase in OPTIMIZERS},
+    "distill__self_forcing__critic_optimizer": SMOOTH | {"ema_decay": 0.0},
     "rlhf__rewards": ["planted_scorers:Bright"],
     "rlhf__rollout__path": {"sample_precision": "fp32"},
-    "enhance__cold_start__optimizer": SMOOTH,
-    "enhance__grpo__optimizer": SMOOTH,
-    "distill__causal_init__optimizer": SMOOTH,
-    "distill__self_forcing__optimizer": SMOOTH,
-    "distill__self_forcing__critic_optimizer": SMOOTH | {"ema_decay": 0.0},
 }
 
 

@@ -82,17 +82,10 @@ def test_an_adapter_is_merged_in(model_folder: Path, tmp_path: Path) -> None:
 
 
 def test_prompts_come_from_a_file_too(model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("\n".join([*PROMPTS, ""]))
-    arguments = [
-        "generate",
-        str(model_folder),
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    assert main(arguments) == 0
-    assert len(list((tmp_path / "o").glob("*.mp4"))) == 2
+    file, out = tmp_path / "prompts.txt", tmp_path / "o"
+    file.write_text("\n".join([*PROMPTS, ""]))
+    assert main(["generate", str(model_folder), "--prompts", str(file), "--out", str(out)]) == 0
+    assert len(list(out.glob("*.mp4"))) == 2
 
 
 def generator(folder: Path, **changes: object) -> Generator:
