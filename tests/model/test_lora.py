@@ -135,8 +135,9 @@ def test_merge_sums_in_float32_and_rounds_once() -> None:
     merge(model)
     exact = weight.double() + 2.5 * (b @ a)
     step = 2.0 ** (exact.abs().log2().floor() - 8)  # half a unit in bfloat16's last place
+    single = 2.0**-22 * (weight.double().abs() + 2.5 * (b.abs() @ a.abs()))  # of the terms: they may cancel
     assert model[0].weight.dtype == torch.bfloat16 and type(model[0]) is nn.Linear
-    assert ((model[0].weight.double() - exact).abs() <= 1.001 * step).all()
+    assert ((model[0].weight.double() - exact).abs() <= step + single).all()
 
 
 def test_our_adapter_in_peft(tmp_path) -> None:

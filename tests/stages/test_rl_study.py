@@ -116,7 +116,7 @@ def test_a_finished_study_trains_and_samples_nothing_again(study: Path, demo, re
 def test_kept_scores_are_of_these_weights_and_this_way_of_sampling(study: Path, demo: Path, monkeypatch) -> None:
     examiner = Examiner(demo, study, None)
     seen = []
-    monkeypatch.setattr("reelforge.bench.exam.evaluate", lambda folder, *rest: seen.append(rest[-1]) or 1 / 0)
+    monkeypatch.setattr("reelforge.bench.exam.evaluate", lambda folder, *rest: seen.append(rest[-2]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         examiner.verdict("rlhf seed 0", study / "rlhf-seed-1/transformer")
     with pytest.raises(ZeroDivisionError):
