@@ -14,7 +14,7 @@ from torch import Tensor
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.files import replace_file
-from reelforge.engine.core.metrics import training_time
+from reelforge.engine.core.metrics import phase_facts
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir, check_same
 from reelforge.engine.flow.sampler import initial_noise, step_keys
@@ -37,7 +37,6 @@ from reelforge.stages.console import emit
 from reelforge.stages.distill_config import DistillConfig, decisive
 from reelforge.stages.distill_parts import Parts, Setup, build, set_up
 from reelforge.stages.rlhf_watch import best_effort
-from reelforge.stages.sft import last_metrics
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ def run(config: DistillConfig) -> DistillResult:
             say(f"{config.output} is finished: {model} is there.")
         else:
             _distill(config, device, model)
-    metrics = {name: last_metrics(config.output / name) for name in config.phases}
-    seconds = {name: training_time(config.output / name / "metrics.jsonl")[1] for name in config.phases}
-    return DistillResult(model, seconds, metrics)
+    return DistillResult(model, *phase_facts(config.output, config.phases))
 
 
 def main(arguments: argparse.Namespace) -> int:

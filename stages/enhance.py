@@ -13,7 +13,7 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import replace_file
-from reelforge.engine.core.metrics import training_time
+from reelforge.engine.core.metrics import phase_facts
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir, check_same
 from reelforge.engine.enhance.language_model import LanguageModel
@@ -24,7 +24,6 @@ from reelforge.engine.train.state import TrainState
 from reelforge.stages.console import emit
 from reelforge.stages.enhance_config import EnhanceConfig, decisive
 from reelforge.stages.enhance_parts import Work, build, check, origin
-from reelforge.stages.sft import last_metrics
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,7 @@ def run(config: EnhanceConfig) -> EnhanceResult:
             say(f"{config.output} is finished: {rewriter} is there.")
         else:
             _run(config, device)
-    roots = {name: config.output / name for name in config.phases}
-    seconds = {name: training_time(RunDir(root).metrics)[1] for name, root in roots.items()}
-    return EnhanceResult(rewriter, seconds, {name: last_metrics(root) for name, root in roots.items()})
+    return EnhanceResult(rewriter, *phase_facts(config.output, config.phases))
 
 
 def _run(config: EnhanceConfig, device: torch.device) -> None:
@@ -109,7 +106,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.prompt:
         raise ConfigError("--prompt asks a trained rewriter.", f"Give its folder in place of {arguments.recipe}.")
     result = run(configuration.load(EnhanceConfig, arguments.recipe, arguments.overrides))
-    emit(json.dumps({"rewriter": str(result.rewriter), **result.metrics}))
+    emit(json.dumps({"rewriter": str(result.rewriter), "seconds": result.seconds, **result.metrics}))
     return 0
 
 

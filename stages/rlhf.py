@@ -13,6 +13,7 @@ from reelforge.bench.rl_forecast import Forecast, memory, probe, work
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.metrics import last_metrics
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir, check_same
 from reelforge.engine.model.lora import save_adapter
@@ -24,7 +25,6 @@ from reelforge.engine.train.loop import Hooks, TrainLoop
 from reelforge.stages.console import emit
 from reelforge.stages.rlhf_parts import Parts, build, encode, sampling_defaults
 from reelforge.stages.rlhf_watch import Watch
-from reelforge.stages.sft import last_metrics
 
 PRESETS = Path(__file__).resolve().parents[1] / "recipes" / "presets"
 
@@ -53,7 +53,7 @@ def run(config: RlhfConfig) -> RlhfResult:
             say(f"{config.output} is finished: {weights} is there.")
         else:
             _train(config, device, weights)
-    return RlhfResult(weights, config.train.steps, last_metrics(config.output))
+    return RlhfResult(weights, config.train.steps, last_metrics(RunDir(config.output).metrics))
 
 
 def plan(config: RlhfConfig) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed, rng
 from reelforge.engine.core.errors import ConfigError, DataError
-from reelforge.engine.core.metrics import read_jsonl
+from reelforge.engine.core.metrics import last_metrics
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.core.types import pad_text
@@ -125,7 +125,7 @@ def run(config: SftConfig) -> SftResult:
             say(f"{config.output} is finished: {weights} is there.")
         else:
             first_step = _train(config, device, weights)
-    return SftResult(weights, config.train.steps, first_step, last_metrics(config.output))
+    return SftResult(weights, config.train.steps, first_step, last_metrics(RunDir(config.output).metrics))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -174,13 +174,6 @@ def _train(config: SftConfig, device: torch.device, weights: Path) -> int:
             save_adapter(model, weights) if config.lora else save_transformer(model, weights)
     distributed.barrier()
     return first_step
-
-
-def last_metrics(root: Path) -> dict[str, Any]:
-    merged: dict[str, Any] = {}
-    for line in read_jsonl(root / "metrics.jsonl"):
-        merged |= line
-    return merged
 
 
 class SftTask:

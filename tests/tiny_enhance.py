@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tiny_rlhf import TOY_REWARDS, lines, newest  # noqa: F401  (for those who test runs)
+from tiny_rlhf import TOY_REWARDS, lines
 from torch import Tensor
 
 from reelforge.engine.core import config as configuration

@@ -75,6 +75,17 @@ def sum_(tensors: Sequence[Tensor]) -> None:
             work.wait()
 
 
+def summed(device: torch.device, values: Tensor) -> Tensor:
+    """The ranks' values as one, on the CPU: each holds zeros where it has no part, and NaN stays NaN.
+
+    Args:
+        device: of the collective.
+    """
+    shared = values.to(device, copy=True)
+    sum_([shared])
+    return shared.cpu()
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` is set on any rank; all ranks get the same answer."""
     if not _active():

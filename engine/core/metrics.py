@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, the source of truth for every curve."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -74,3 +74,18 @@ def training_time(path: Path) -> tuple[int, float]:
             seconds += line["step_s"] * (line["step"] - last)
             last = line["step"]
     return last, seconds
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """Every fact's latest value."""
+    merged: dict[str, Any] = {}
+    for line in read_jsonl(path):
+        merged |= line
+    return merged
+
+
+def phase_facts(root: Path, phases: Iterable[str]) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Seconds of training and latest metrics of a run's phases, each with a folder in ``root``."""
+    logs = {name: root / name / "metrics.jsonl" for name in phases}
+    seconds = {name: training_time(log)[1] for name, log in logs.items()}
+    return seconds, {name: last_metrics(log) for name, log in logs.items()}

@@ -23,7 +23,7 @@ from reelforge.engine.enhance.structure import Structure, mean_parts
 from reelforge.engine.model.generation import half_precision
 from reelforge.engine.rl.advantage import Fusion, shuffle
 from reelforge.engine.rl.filming import Filming, Take
-from reelforge.engine.rl.statistics import describe_rewards, means
+from reelforge.engine.rl.statistics import describe_rewards, means, merge_facts
 from reelforge.engine.rl.text_loss import TextLossConfig, text_loss
 from reelforge.engine.train.loop import LoopConfig
 
@@ -141,13 +141,9 @@ class RewritingTask:
         self._facts.append({**facts, "train_s": time.monotonic() - start})
 
     def describe(self, steps: range) -> dict[str, Any]:
-        """The facts of the last optimizer steps: means of numbers, the last of everything else."""
+        """The facts of the last optimizer steps."""
         del steps
-        merged: dict[str, Any] = {}
-        for name in dict.fromkeys(name for facts in self._facts for name in facts):
-            values = [facts[name] for facts in self._facts if name in facts]
-            numeric = all(isinstance(value, int | float) for value in values)
-            merged[name] = sum(values) / len(values) if numeric else values[-1]
+        merged = merge_facts(self._facts)
         self._facts.clear()
         return merged
 
@@ -178,11 +174,11 @@ class RewritingTask:
         texts = [self._read(answer) for answer in answers]
         rewards = torch.zeros(len(self.axes), size, group + 1, dtype=torch.float64)
         rewards[:, own] = self._rewards(mine, texts, iteration)
-        rewards = self._everywhere(rewards)
+        rewards = distributed.summed(self.language.device, rewards)
         self.filming.scoring.check_missing(rewards[:-1])
         cut = torch.zeros(size, group + 1, dtype=torch.float64)
         cut[own, :group] = torch.tensor([not answer.finished for answer in answers]).double().view(len(own), group)
-        cut = self._everywhere(cut)
+        cut = distributed.summed(self.language.device, cut)
         if cut[:, :group].all():
             raise TrainingError(
                 f"Every answer of iteration {iteration} was cut at {self.dialogue.config.max_new_tokens} tokens.",
@@ -232,10 +228,10 @@ class RewritingTask:
         with torch.no_grad():
             for rows in self._micro_batches() if self.reference else ():
                 logp, _ = self._logp(self.reference, rows)
-                for row, values in zip(rows, logp, strict=True):
-                    row.logp_reference = values[: len(row.answer.ids)]
+                for row, known in zip(rows, logp, strict=True):
+                    row.logp_reference = known[: len(row.answer.ids)]
         own = torch.tensor(float(sum(len(row.answer.ids) for row in self._rows if row.counted)))
-        self._tokens = self._everywhere(own).item()
+        self._tokens = distributed.summed(self.language.device, own).item()
 
     def _micro_batches(self) -> Iterator[list[_Row]]:
         for start in range(0, len(self._rows), self.train.micro_batch_size):
@@ -262,7 +258,7 @@ class RewritingTask:
         Raises:
             TrainingError: they are not.
         """
-        total, count = self._everywhere(gap).tolist()
+        total, count = distributed.summed(self.language.device, gap).tolist()
         mean, limit = total / max(count, 1.0), _SAMPLING_GAP[self.train.precision]
         if not mean <= limit:
             raise TrainingError(
@@ -291,14 +287,8 @@ class RewritingTask:
         }
 
     def _totals(self, sums: dict[str, float]) -> dict[str, float]:
-        shared = self._everywhere(torch.tensor(list(sums.values()), dtype=torch.float64))
+        shared = distributed.summed(self.language.device, torch.tensor(list(sums.values()), dtype=torch.float64))
         return dict(zip(sums, shared.tolist(), strict=True))
-
-    def _everywhere(self, values: Tensor) -> Tensor:
-        """Summed over ranks: each holds zeros where it has no part, and NaN stays NaN."""
-        shared = values.to(self.language.device)
-        distributed.sum_([shared])
-        return shared.cpu()
 
     def _precision(self) -> Any:
         return half_precision(self.language.device, self.train.precision == "bf16")

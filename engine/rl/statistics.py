@@ -1,6 +1,6 @@
 """What an iteration's rewards look like: the numbers that tell a healthy run from a hacked or a dead one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,16 @@ def _correlation(advantages: Advantages) -> list[list[float]]:
         return []
     rows = advantages.per_reward[:, advantages.counted].nan_to_num()
     return torch.corrcoef(rows).nan_to_num().tolist()
+
+
+def merge_facts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The facts of several optimizer steps as one line's: means of numbers, the last of everything else."""
+    merged: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in facts for name in each):
+        values = [each[name] for each in facts if name in each]
+        numbers = [value for value in values if isinstance(value, int | float)]
+        merged[name] = sum(numbers) / len(numbers) if len(numbers) == len(values) else values[-1]
+    return merged
 
 
 def means(axes: Sequence[str], rewards: Tensor) -> dict[str, float | None]:

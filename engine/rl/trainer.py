@@ -19,7 +19,7 @@ from reelforge.engine.rl.plan import Group, Planner
 from reelforge.engine.rl.policy import Policy
 from reelforge.engine.rl.prompts import PromptSet
 from reelforge.engine.rl.rollout import Decision, Sampler
-from reelforge.engine.rl.statistics import describe_rewards
+from reelforge.engine.rl.statistics import describe_rewards, merge_facts
 from reelforge.engine.train.pace import Pace, PaceConfig
 
 
@@ -110,13 +110,9 @@ class GrpoTask:
             self._current = None  # frees states and velocities
 
     def describe(self, steps: range) -> dict[str, Any]:
-        """The facts of the last optimizer steps: means of numbers, the last of everything else."""
+        """The facts of the last optimizer steps."""
         del steps
-        merged: dict[str, Any] = {}
-        for name in dict.fromkeys(name for facts in self._facts for name in facts):
-            values = [facts[name] for facts in self._facts if name in facts]
-            numbers = [value for value in values if isinstance(value, int | float)]
-            merged[name] = sum(numbers) / len(numbers) if len(numbers) == len(values) else values[-1]
+        merged = merge_facts(self._facts)
         self._facts.clear()
         return {**merged, "gradient_cosine": self.pace.read()}
 
@@ -144,14 +140,14 @@ class GrpoTask:
                 rewards[axis, slots] = values.double().view(len(slots), -1)
             self._report_missing(iteration, [groups[slot] for slot in slots], found)
         waited = time.monotonic() - rolled_out
-        rewards = self._everywhere(rewards)
+        rewards = distributed.summed(self.device, rewards)
         self.scoring.check_missing(rewards, self._wanted(groups))
         advantages = self.fusion(rewards, self._wanted(groups))
         if self.fusion.config.shuffled:
             advantages = shuffle(advantages, self.planner.seed, iteration)
         targets = self._targets(groups, advantages)
         facts = {
-            "nfe": self._total(evaluations) * self.policy.branches,
+            "nfe": int(distributed.summed(self.device, torch.tensor(evaluations))) * self.policy.branches,
             "rollout_s": rollout_s,
             "decode_s": sum(scores.decode_s for _, scores in pending),
             "score_s": sum(scores.score_s for _, scores in pending),
@@ -185,17 +181,6 @@ class GrpoTask:
 
     def _wanted(self, groups: Sequence[Group]) -> Tensor | None:
         return None if self.wanted is None else self.wanted[:, [group.prompt for group in groups]]
-
-    def _everywhere(self, rewards: Tensor) -> Tensor:
-        """The ranks' tables as one: each holds zeros where it has no samples, and NaN stays NaN."""
-        shared = rewards.to(self.device)
-        distributed.sum_([shared])
-        return shared.cpu()
-
-    def _total(self, count: int) -> int:
-        shared = torch.tensor(count, device=self.device)
-        distributed.sum_([shared])
-        return int(shared.item())
 
     def _targets(self, groups: Sequence[Group], advantages: Advantages) -> Targets:
         counted = advantages.counted

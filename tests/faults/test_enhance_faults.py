@@ -16,17 +16,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
 from planted_scorers import Failing
-from tiny_enhance import (
-    REQUESTS,
-    config_of,
-    lines,
-    make_taught_model,
-    measured,
-    newest,
-    recipe_table,
-    same_weights,
-)
+from tiny_enhance import REQUESTS, config_of, make_taught_model, measured, recipe_table, same_weights
 from tiny_model import make_model_folder
+from tiny_rlhf import lines, newest
 
 from reelforge.engine.core.errors import DataError, Interrupted, StorageError, TrainingError
 from reelforge.engine.core.metrics import read_jsonl

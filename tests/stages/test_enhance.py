@@ -16,15 +16,14 @@ from tiny_enhance import (
     REQUESTS,
     WORDS,
     config_of,
-    lines,
     make_taught_model,
     measured,
-    newest,
     recipe_table,
     rewriter_weights,
     same_weights,
 )
 from tiny_model import TINY_TRANSFORMER
+from tiny_rlhf import lines, newest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reelforge.engine.core import config as configuration
@@ -128,7 +127,9 @@ def test_a_finished_run_is_told_and_not_repeated(chain, capsys):
     told = capsys.readouterr()
     assert "is finished" in told.err
     facts = json.loads(told.out)
-    assert facts.keys() == {"rewriter", "cold_start", "grpo"} and facts["rewriter"] == str(chain / "grpo/rewriter")
+    assert facts.keys() == {"rewriter", "seconds", "cold_start", "grpo"} and facts["rewriter"] == str(
+        chain / "grpo/rewriter"
+    )
     assert facts["grpo"].keys() == ROLLOUT | {"held_out", "held_out_raw"} and facts["grpo"]["step"] == 6
     assert before == {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.is_file()}
 
