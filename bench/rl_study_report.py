@@ -122,11 +122,10 @@ def _of_control(verdict: Verdict, scale: Mapping[str, float]) -> list[tuple[str,
     for name in _REWARDS:
         change, told = verdict.scores[name].change, _change(verdict.scores[name])
         assert change is not None, "a control is compared with the fine-tuned model"
-        share = change.mean / scale[name]
+        share = f"{change.mean / scale[name]:+.3f}" if scale[name] else "fine-tuned clips are all equal in it"
+        kept = change.mean >= -MAX_SHUFFLED_LOSS * scale[name]
         found.append((f"{name} does not rise", told, change.low <= 0))
-        found.append(
-            (f"{name} loses {MAX_SHUFFLED_LOSS:g} of its spread or less", f"{share:+.3f}", share >= -MAX_SHUFFLED_LOSS)
-        )
+        found.append((f"{name} loses {MAX_SHUFFLED_LOSS:g} of its spread or less", share, kept))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,17 +64,36 @@ def test_cosine_of_a_part_of_many_entries() -> None:
     assert told.read() == pytest.approx(0.5, abs=0.03)
 
 
-def test_the_factor_is_the_ratio_of_running_means_over_the_full_cosine() -> None:
-    told, steps, memory = pace(0.6, memory=0.75), [flat(step) for step in draws(6, common=1.0)], 0.75
-    found = [told(step) for step in draws(6, common=1.0)]
-    dot = norms = 0.0
-    expected = [0.0]
-    for a, b in zip(steps, steps[1:], strict=False):
-        dot = memory * dot + (1 - memory) * (a @ b).item()
-        norms = memory * norms + (1 - memory) * (a.norm() * b.norm()).item()
-        expected.append(min(1.0, max(0.0, dot / norms / 0.6)))
+def test_the_factor_is_what_is_certain_of_the_mean_cosine_over_the_full_one() -> None:
+    """Against numpy's weighted mean, and a variance written out over the pairs seen so far."""
+    memory, doubt, full = 0.75, 0.4, 0.9
+    told, steps = pace(full, memory=memory, doubt=doubt), draws(9, common=1.0)
+    found = [told(step) for step in steps]
+    whole = [flat(step).numpy() for step in steps]
+    cosines = [a @ b / np.sqrt((a @ a) * (b @ b)) for a, b in zip(whole, whole[1:], strict=False)]
+    expected = [0.0, 0.0, 0.0]
+    for count in range(3, len(steps)):
+        seen, weights = np.array(cosines[:count]), memory ** np.arange(count)[::-1]
+        mean = np.average(seen, weights=weights)
+        share = (weights / weights.sum()) ** 2
+        spread = np.average((seen - mean) ** 2, weights=weights) / (1 - share.sum())  # unbiased, reliability weights
+        expected.append(np.clip((mean - doubt * np.sqrt(spread * share.sum())) / full, 0, 1))
     assert found == pytest.approx(expected, abs=1e-6)
     assert any(0 < factor < 1 for factor in found)
+
+
+def test_doubt_alone_stands_between_noise_and_a_step() -> None:
+    """Of 60 walks on noise hardly one moves under three standard errors; without doubt, all do."""
+
+    def moves(doubt: float, seed: int) -> bool:
+        told = pace(0.1, [(2000,)], doubt=doubt)
+        generator = torch.Generator().manual_seed(seed)
+        factors = [told([torch.randn(2000, generator=generator)]) for _ in range(40)]
+        return max(factors) > 0
+
+    moved = {doubt: sum(moves(doubt, seed) for seed in range(60)) for doubt in (0.0, 3.0)}
+    assert moved[0.0] >= 55
+    assert moved[3.0] <= 9, "one run in eight, says the rule on 2,000 rows of normal numbers"
 
 
 def test_noise_goes_nowhere_and_signal_goes_on() -> None:
@@ -95,24 +115,26 @@ def test_noise_goes_nowhere_and_signal_goes_on() -> None:
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
 def test_no_gradient_is_no_news(value: float) -> None:
-    told, plain, steps = pace(0.9), pace(0.9), draws(3, common=1.0)
-    for step in steps[:2]:
+    told, plain, steps = pace(0.9, doubt=0.5), pace(0.9, doubt=0.5), draws(6, common=1.0)
+    for step in steps[:5]:
         before = (told(step), plain(step))[0]
+    assert before > 0
     kept = {name: tensor.clone() for name, tensor in told.carried.items()}
-    assert told([torch.full_like(part, value) for part in steps[2]]) == before
+    assert told([torch.full_like(part, value) for part in steps[5]]) == before
     assert all(torch.equal(kept[name], tensor) for name, tensor in told.carried.items())
-    assert told(steps[2]) == plain(steps[2])
+    assert told(steps[5]) == plain(steps[5])
 
 
 def test_what_is_carried_continues_it() -> None:
-    steps = draws(6, common=1.0)
-    whole, first, second = pace(0.9), pace(0.9), pace(0.9)
+    steps = draws(8, common=1.0)
+    whole, first, second = (pace(0.9, doubt=0.5) for _ in range(3))
     expected = [whole(step) for step in steps]
-    for step in steps[:3]:
+    assert len(set(expected[4:])) == 4
+    for step in steps[:4]:
         first(step)
     for name, value in first.carried.items():
         second.carried[name].copy_(value)
-    assert [second(step) for step in steps[3:]] == expected[3:]
+    assert [second(step) for step in steps[4:]] == expected[4:]
 
 
 def test_the_rate_that_is_logged_is_the_one_that_was_taken() -> None:
@@ -123,7 +145,17 @@ def test_the_rate_that_is_logged_is_the_one_that_was_taken() -> None:
     assert state.optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"full_cosine": -0.1}, {"full_cosine": 1.0}, {"memory": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"full_cosine": -0.1},
+        {"full_cosine": 1.0},
+        {"memory": 1.0},
+        {"memory": 0.4},
+        {"doubt": -1.0},
+        {"doubt": torch.nan},
+    ],
+)
 def test_settings_out_of_range(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=f"pace.{next(iter(wrong))} is"):
         PaceConfig(**wrong)
