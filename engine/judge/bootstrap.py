@@ -6,6 +6,7 @@ draw as many prompts as there are, with replacement, keep every clip of a drawn 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def ratio_interval(above: Floats, below: Floats, prompts: Labels, seed: int, res
     valid = np.isfinite(above) & np.isfinite(below)
     _, cluster = np.unique(prompts[valid], return_inverse=True)
     tops, bottoms = (np.bincount(cluster, weights=values[valid]) for values in (above, below))
-    drawn = _multiplicities(len(tops), resamples, seed).astype(np.float64)
+    drawn = _multiplicities(len(tops), resamples, seed)
     low, high = np.quantile((drawn @ tops) / (drawn @ bottoms), _TAILS)
     return Interval(float(tops.sum() / bottoms.sum()), float(low), float(high))
 
@@ -65,7 +66,7 @@ def resampled_clips(prompts: Labels, seed: int, resamples: int = SET_RESAMPLES) 
     """The clips of each bootstrap draw, for scores of a whole set (a Frechet distance)."""
     _, cluster = np.unique(prompts, return_inverse=True)
     for multiplicity in _multiplicities(int(cluster.max()) + 1, resamples, seed):
-        yield np.repeat(np.arange(len(cluster)), multiplicity[cluster])
+        yield np.repeat(np.arange(len(cluster)), multiplicity[cluster].astype(np.int64))
 
 
 def recentred_interval(point: float, draws: Floats) -> Interval:
@@ -78,8 +79,12 @@ def recentred_interval(point: float, draws: Floats) -> Interval:
     return Interval(float(point), float(low), float(high))
 
 
-def _multiplicities(clusters: int, resamples: int, seed: int) -> NDArray[np.int64]:
-    """How often each of ``clusters`` prompts is drawn, ``[resamples, clusters]``."""
+@lru_cache(maxsize=8)  # 50 ms a draw of 10,000, which every score and every change of a report asks for again
+def _multiplicities(clusters: int, resamples: int, seed: int) -> Floats:
+    """How often each of ``clusters`` prompts is drawn, whole numbers ``[resamples, clusters]``."""
     if clusters < 2:
         raise DataError(f"Scores of {clusters} prompt(s) are too few for an interval.", "Hold out at least 2 prompts.")
-    return generator("bootstrap", seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    drawn = generator("bootstrap", seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+    counts = drawn.astype(np.float64)
+    counts.flags.writeable = False
+    return counts
