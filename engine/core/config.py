@@ -150,6 +150,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _convert_tuple(args, value, where)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"Key {where!r} is {value!r}.", "It must be a table.")
+        return {name: _convert(args[1], item, f"{where}.{name}") for name, item in value.items()}
+    if hint is Any:
+        return value
     if hint is float and type(value) is int:
         return float(value)
     if hint is Path and isinstance(value, str):

@@ -1,11 +1,11 @@
-"""results.json: what was measured, one column per stage; a later stage appends its own."""
+"""results.json: what was measured, one column per stage."""
 
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -103,21 +103,10 @@ class Results:
     hardware: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_stage(self, stage: StageResult) -> "Results":
-        """These results with ``stage`` as the last column, or in place of the column of that name."""
-        names = [known.name for known in self.stages]
-        if stage.name not in names:
-            return dataclasses.replace(self, stages=(*self.stages, stage))
-        stages = tuple(stage if known.name == stage.name else known for known in self.stages)
-        return dataclasses.replace(self, stages=stages)
-
     def verifiers(self) -> dict[str, Score]:
         """Every verifier of any stage, in order of appearance, with a score that tells unit and direction."""
         rows = (*self.stages, *((self.truth,) if self.truth else ()))
         return {name: score for row in rows for name, score in row.scores.items()}
-
-
-Row = TypeVar("Row", Calibration, StageResult)
 
 
 def score_clips(
@@ -178,7 +167,10 @@ def from_json(text: str, origin: str = "results.json") -> Results:
         DataError: the text is not JSON, or not these results.
     """
     try:
-        return _results(_table(json.loads(text), origin))
+        table = json.loads(text)
+        if not isinstance(table, dict):
+            raise DataError(f"{origin} is no table.", "Run the stage again.")
+        return build(Results, table)
     except json.JSONDecodeError as error:
         raise DataError(f"{origin} is not JSON ({error}).", "Run the stage again.") from error
     except ConfigError as error:
@@ -196,33 +188,3 @@ def read(path: Path) -> Results:
         return from_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).", "Check the path.") from error
-
-
-def _results(table: dict[str, Any]) -> Results:
-    stages = table.pop("stages", ())
-    truth, calibration = table.pop("truth", None), table.pop("calibration", ())
-    facts = {name: _table(table.pop(name, {}), name) for name in ("versions", "hardware", "config")}
-    return dataclasses.replace(
-        build(Results, {**table, "stages": ()}),
-        stages=tuple(_row(StageResult, row, f"stages[{i}].") for i, row in enumerate(stages)),
-        truth=None if truth is None else _row(Calibration, truth, "truth."),
-        calibration=tuple(_row(Calibration, row, f"calibration[{i}].") for i, row in enumerate(calibration)),
-        versions=facts["versions"],
-        hardware=facts["hardware"],
-        config=facts["config"],
-    )
-
-
-def _row(cls: type[Row], row: Any, where: str) -> Row:
-    table = _table(row, where)
-    scores = _table(table.pop("scores", {}), f"{where}scores")
-    read = {}
-    for name, score in scores.items():
-        read[name] = build(Score, _table(score, f"{where}scores.{name}"), f"{where}scores.{name}.")
-    return dataclasses.replace(build(cls, table, where), scores=read)
-
-
-def _table(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where} is {value!r}.", "It must be a JSON object.")
-    return dict(value)
