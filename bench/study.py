@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reelforge.bench.markdown import table
+from reelforge.engine.core import hardware
 from reelforge.engine.core.errors import TrainingError
 from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.progress import say
@@ -88,17 +89,19 @@ def run(cell: Cell) -> float:
 def main(arguments: argparse.Namespace) -> int:
     """The verb."""
     planned = cells(make_folder(arguments.out), arguments.nfe)
-    log = arguments.out / "seconds.json"
-    seconds: dict[str, float] = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
+    log = arguments.out / "record.json"
+    begun = {"commit": hardware.git_revision() or "no checkout", "seconds": {}}
+    record: dict[str, Any] = json.loads(log.read_text(encoding="utf-8")) if log.exists() else begun
+    seconds: dict[str, float] = record["seconds"]
     for number, cell in enumerate(planned, 1):
         known = "is there" if cell.product.exists() else "begins"
         say(f"[{number}/{len(planned)}] {cell.name} {known} ({sum(seconds.values()) / 60:.0f} min so far)")
         seconds[cell.name] = seconds.get(cell.name, 0.0) + run(cell)
-        replace_file(log, json.dumps(seconds, indent=1))
+        replace_file(log, json.dumps(record, indent=1))
     found = [results.read(cell.product) for cell in planned[: len(SEEDS)]]
     pictures = _pictures(arguments.out / f"pipeline_{SEEDS[0]}", arguments.page)
-    page = markdown(found, {name: _read(arguments.out / name) for name in PAGES}, seconds, pictures)
-    replace_file(arguments.page, page)
+    studies = {name: _read(arguments.out / name) for name in PAGES}
+    replace_file(arguments.page, markdown(found, studies, record, pictures))
     say(f"{arguments.page} is written")
     return 0
 
@@ -122,10 +125,14 @@ def _pictures(demo: Path, page: Path) -> list[str]:
 def markdown(
     found: Sequence[Results],
     studies: Mapping[str, tuple[str, Sequence[Sequence[Any]]]],
-    seconds: Mapping[str, float],
+    record: Mapping[str, Any],
     pictures: Sequence[str],
 ) -> str:
-    """The page: acceptance, every seed, pictures, then each study's own tables."""
+    """The page: acceptance, every seed, pictures, then each study's own tables.
+
+    Args:
+        record: ``commit`` that the study began at, ``seconds`` of each cell.
+    """
     judged = [row for result in found for row in pipeline_checks(result)]
     judged += [[f"{name}: {check[0]}", *check[1:]] for name, (_, checks) in studies.items() for check in checks]
     rows = [[*map(str, row[:-1]), "pass" if row[-1] else "**fail**"] for row in judged]
@@ -133,8 +140,9 @@ def markdown(
     parts = [
         "# The miniature's study",
         f"Made by `make study` from its records, on {first.hardware.get('cpu', 'a CPU')}, torch "
-        f"{first.versions.get('torch')}: {sum(seconds.values()) / 60:.0f} minutes. {first.prompts} held-out prompts, "
-        f"{first.clips} clips a column; 95 % intervals over prompts. {passed} of {len(judged)} checks pass.",
+        f"{first.versions.get('torch')}: {sum(record['seconds'].values()) / 60:.0f} minutes. {first.prompts} held-out "
+        f"prompts, {first.clips} clips a column; 95 % intervals over prompts. Recipes, prompts, verifiers and bars are "
+        f"those of commit {record['commit']}. {passed} of {len(judged)} checks pass.",
         "## Acceptance",
         table(["what", "criterion", "found", ""], rows),
         *(f"## The pipeline, seed {result.seed}\n\n{columns(result)}" for result in found),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from reelforge.bench import study
+from reelforge.engine.core import hardware
 from reelforge.engine.core.errors import TrainingError
 from reelforge.engine.judge import results
 from reelforge.engine.judge.bootstrap import Interval
@@ -88,10 +89,13 @@ def test_the_page_is_made_from_the_cells_records(tmp_path: Path, monkeypatch) ->
         (out / name / "study.md").write_text(f"table of {name}\n")
     (out / "pipeline_0" / "sheets").mkdir()
     (out / "pipeline_0" / "sheets" / "failures.webp").write_bytes(b"picture")
-    monkeypatch.setattr(study.subprocess, "run", None)
+    monkeypatch.setattr(sys, "executable", "false")
     assert study.main(argparse.Namespace(out=out, page=page, nfe=10)) == 0
     text = page.read_text()
-    assert "16 of 17 checks pass" in text and "| rl: rlhf | c | 0.4 | **fail** |" in text
+    assert (
+        f"those of commit {hardware.git_revision() or 'no checkout'}. 16 of 17 checks pass" in text
+        and "| rl: rlhf | c | 0.4 | **fail** |" in text
+    )
     assert all(f"table of {name}" in text for name in study.PAGES)
     assert "![miniature/failures.webp](miniature/failures.webp)" in text
     assert (page.parent / "miniature/failures.webp").read_bytes() == b"picture"
