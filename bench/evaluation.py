@@ -187,7 +187,7 @@ def held_out_prompts(count: int) -> list[tuple[Scene, str]]:
     every = scenes("held_out")
     if not 0 < count <= len(every):
         raise ConfigError(f"evaluation.prompts is {count}.", f"The world holds out {len(every)} scenes.")
-    order = rng.generator("held_out_prompts").permutation(len(every))[:count]
+    order = rng.generator("held_out_prompts", 1).permutation(len(every))[:count]
     return [(every[place], captions(every[place])[3 + index % 4]) for index, place in enumerate(order)]
 
 

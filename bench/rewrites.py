@@ -44,7 +44,7 @@ class Kept:
 
 def held_out_requests(count: int) -> list[str]:
     """A request of a held-out phrasing for each of ``count`` held-out scenes, in the captions' order; all differ."""
-    return _different([scene for scene, _ in held_out_prompts(count)], "held_out", "held_out_request")
+    return _different([scene for scene, _ in held_out_prompts(count)], "held_out", "held_out_request_1")
 
 
 def training_requests(count: int, seed: int = 0) -> list[str]:
