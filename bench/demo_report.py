@@ -1,38 +1,26 @@
 """Judges the demo's stages on the same held-out prompts and seeds, and writes results.json and report.html."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from reelforge.bench.evaluation import REWARDS, VOTERS, Evaluation, EvaluationConfig, Measured, chunk_seconds, recovery
+from reelforge.bench import columns
+from reelforge.bench.columns import Column, Training
+from reelforge.bench.evaluation import REWARDS, VOTERS, Evaluation, EvaluationConfig, chunk_seconds, recovery
 from reelforge.bench.exam import Exam
 from reelforge.bench.rewrites import Rewrite, held_out_requests, kept
 from reelforge.bench.toy import calibration
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
-from reelforge.engine.core.files import make_folder, replace_file
-from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.core.progress import say
-from reelforge.engine.judge import results
-from reelforge.engine.judge.charts import Curve, read_series
-from reelforge.engine.judge.gsb import Gsb, Panel, compare, fix_panel
-from reelforge.engine.judge.report import write_report
-from reelforge.engine.judge.results import Calibration, Results, StageResult
-from reelforge.engine.judge.sheets import Row, Sheet, contact_sheet, webp
+from reelforge.engine.judge.gsb import Panel, compare, fix_panel
+from reelforge.engine.judge.results import Calibration, Results
+from reelforge.engine.judge.sheets import Row, Sheet
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 
-_SHEET_ROWS, _FAILURES = 10, 6
-_HEALTH = {
-    "cosine of successive gradients": "gradient_cosine",
-    "distance to the model before": "kl_reference",
-    "share of answers out of form": "malformed",
-}
 _NOTE = (
     "Every stage is the same transformer, sampled on the same prompts and noise, none of whose captions any training "
     "saw; the student decodes frame by frame in a few steps. Columns named after a request are asked for the same "
@@ -44,31 +32,20 @@ _NOTE = (
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What a stage's training took, and where its curves are."""
-
-    steps: int
-    seconds: float
-    metrics: Path
-
-
-@dataclass(frozen=True)
 class Entrant:
     """One column of the report.
 
     Attributes:
         model: model folder.
-        references: entrants that it is compared with, clip by clip.
-        cost: of the training that made it; None for a model that is only sampled in another way.
-        settings: how it is sampled, over the folder's defaults.
+        against: entrants that it is compared with, clip by clip.
+        training: what made it; None for a model that is only sampled in another way.
         teacher: the entrant that it was distilled from, if it was.
         rewrite: turns requests, in a user's words, into prompts; None is given captions.
     """
 
     model: Path
-    references: tuple[str, ...]
-    cost: StageCost | None = None
-    settings: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    training: Training | None = None
     teacher: str | None = None
     rewrite: Rewrite | None = None
 
@@ -88,48 +65,47 @@ def judge_and_report(
         recipe: the demo's config, for the record.
         seed: names prompts' noise and every bootstrap.
     """
-    report = root / "report.html"
     folders = {name: ModelFolder.load(entrant.model) for name, entrant in entrants.items()}
     first, base = next(iter(folders.items()))
     exam = Exam(config, base, seed)
     requests = held_out_requests(config.prompts)
     texts = {name: entrant.rewrite(requests) for name, entrant in entrants.items() if entrant.rewrite}
-    evaluations = {
-        name: exam.evaluate(
-            folder, entrants[name].settings, f"sampling {name}", 0, requests if name in texts else None, texts.get(name)
-        )
+    films = {
+        name: exam.evaluate(folder, (), f"sampling {name}", 0, requests if name in texts else None, texts.get(name))
         for name, folder in folders.items()
     }
-    again = exam.evaluate(base, entrants[first].settings, f"sampling {first}, second noise", draw=1).measured
+    again = exam.evaluate(base, (), f"sampling {first}, second noise", draw=1).measured
     say("scoring clips of known quality")
-    panel = fix_panel(evaluations[first].measured.scores, again.scores, (*REWARDS, *VOTERS))
+    measured = films[first].measured
+    panel = fix_panel(measured.scores, again.scores, (*REWARDS, *VOTERS))
     notes = {
-        name: _student_note(folders[name], evaluations[name], evaluations[entrant.teacher], exam, entrant.teacher)
+        name: _student_note(folders[name], films[name], films[entrant.teacher], exam, entrant.teacher)
         for name, entrant in entrants.items()
         if entrant.teacher
     } | {name: _rewrite_note(requests, written) for name, written in texts.items()}
+    judged = {name: _column(entrants[name], film, notes.get(name, "")) for name, film in films.items()}
     outcome = Results(
-        stages=_stages(entrants, evaluations, exam, panel, notes),
+        stages=columns.stage_results(
+            judged,
+            lambda name, below: exam.table(films[name].measured, films[below].measured if below else None),
+            panel,
+            seed,
+        ),
         seed=seed,
         prompts=len(exam.prompts),
         clips=len(exam.asked),
         truth=Calibration("truth", exam.table(exam.truth)),
         calibration=_known_rows(exam),
-        self_check=_against(evaluations[first].measured, again, panel, first, seed),
+        self_check=compare(measured.scores, again.scores, measured.labels, panel, first, seed),
         note=_NOTE,
         versions=hardware.versions(),
         hardware=hardware.hardware(),
         config=_jsonable(configuration.to_table(recipe)),
     )
-    results.write(outcome, root / "results.json")
-    pages = _sheets({name: found for name, found in evaluations.items() if name not in texts}, exam, panel)
+    sheets = _sheets({name: film for name, film in films.items() if name not in texts}, exam, panel)
     if texts:
-        pages.insert(1, _request_sheet({name: evaluations[name] for name in texts}, exam, texts))
-    write_report(outcome, pages, _curves(entrants), report)
-    for sheet in pages:
-        name = "_".join(re.findall("[a-z]+", sheet.title.lower()))
-        replace_file(make_folder(root / "sheets") / f"{name}.webp", webp([contact_sheet(sheet)], lossless=False))
-    return report
+        sheets.insert(1, _request_sheet({name: films[name] for name in texts}, exam, texts))
+    return columns.publish(outcome, sheets, {name: entrant.training for name, entrant in entrants.items()}, root)
 
 
 def _jsonable(table: dict[str, Any]) -> dict[str, Any]:
@@ -137,40 +113,12 @@ def _jsonable(table: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(table), parse_constant=str)
 
 
-def _against(measured: Measured, below: Measured, panel: Panel, reference: str, seed: int) -> Gsb:
-    return compare(measured.scores, below.scores, measured.labels, panel, reference, seed)
-
-
-def _stages(
-    entrants: Mapping[str, Entrant],
-    evaluations: Mapping[str, Evaluation],
-    exam: Exam,
-    panel: Panel,
-    notes: Mapping[str, str],
-) -> tuple[StageResult, ...]:
-    """One result a column, each judged against its references."""
-    rows: list[StageResult] = []
-    firsts: dict[bool, Measured] = {}  # a change is to the first column that was asked for the same
-    for name, evaluation in evaluations.items():
-        entrant, measured = entrants[name], evaluation.measured
-        first = firsts.setdefault(entrant.rewrite is None, measured)
-        rows.append(
-            StageResult(
-                name,
-                nfe=evaluation.nfe,
-                token_forwards=evaluation.token_forwards,
-                note=notes.get(name, ""),
-                seconds_per_video=evaluation.seconds_per_video,
-                seconds_train=entrant.cost.seconds if entrant.cost else None,
-                steps=entrant.cost.steps if entrant.cost else None,
-                gsb=tuple(
-                    _against(measured, evaluations[below].measured, panel, below, exam.seed)
-                    for below in entrant.references
-                ),
-                scores=exam.table(measured, None if measured is first else first),
-            )
-        )
-    return tuple(rows)
+def _column(entrant: Entrant, film: Evaluation, note: str) -> Column:
+    measured = film.measured
+    return Column(
+        measured.scores, measured.labels, film.nfe, film.token_forwards, film.seconds_per_video, entrant.against,
+        "requests" if entrant.rewrite else "captions", entrant.training, note,
+    )  # fmt: skip
 
 
 def _student_note(folder: ModelFolder, student: Evaluation, teacher: Evaluation, exam: Exam, name: str) -> str:
@@ -203,91 +151,29 @@ def _known_rows(exam: Exam) -> tuple[Calibration, ...]:
     )
 
 
-def _sheets(evaluations: Mapping[str, Evaluation], exam: Exam, panel: Panel) -> list[Sheet]:
+def _row(films: Mapping[str, Evaluation], exam: Exam, clip: int, note: str = "") -> Row:
+    """The truth, then every column."""
+    sets = [exam.truth, *(film.measured for film in films.values())]
+    pictures = tuple(measured.videos[clip].numpy() for measured in sets)
+    return Row(sets[-1].prompts[clip], clip % exam.config.samples, pictures, note)
+
+
+def _sheets(films: Mapping[str, Evaluation], exam: Exam, panel: Panel) -> list[Sheet]:
     """Stages side by side on fixed prompts, and the last stage's worst clips."""
-    samples, fps = exam.config.samples, exam.video.fps
-    columns = ("truth", *evaluations)
-    sets = [exam.truth, *(evaluation.measured for evaluation in evaluations.values())]
-
-    def row(clip: int, note: str = "") -> Row:
-        pictures = tuple(measured.videos[clip].numpy() for measured in sets)
-        return Row(exam.asked[clip], clip % samples, pictures, note)
-
-    spread = np.linspace(0, len(exam.asked) - 1, _SHEET_ROWS).astype(int) // samples * samples
-    rating = panel.rating(sets[-1].scores)
-    worst = np.argsort(rating)[:_FAILURES]
+    names, fps = ("truth", *films), exam.video.fps
+    shown = tuple(_row(films, exam, clip) for clip in columns.spread(len(exam.asked), exam.config.samples))
+    rating = panel.rating(list(films.values())[-1].measured.scores)
     return [
-        Sheet("Same prompts, same noise", columns, tuple(row(clip) for clip in spread.tolist()), fps),
-        Sheet(
-            "Failures",
-            columns,
-            tuple(row(clip, f"rating {rating[clip]:.2f}") for clip in worst.tolist()),
-            fps,
-            lead=f"The {_FAILURES} clips of the last stage that the voting verifiers rate lowest.",
-        ),
+        Sheet("Same prompts, same noise", names, shown, fps),
+        columns.failures(names, rating, lambda clip, note: _row(films, exam, clip, note), fps),
     ]
 
 
-def _request_sheet(evaluations: Mapping[str, Evaluation], exam: Exam, texts: Mapping[str, Sequence[str]]) -> Sheet:
+def _request_sheet(films: Mapping[str, Evaluation], exam: Exam, texts: Mapping[str, Sequence[str]]) -> Sheet:
     """What a request brings, with and without rewriting; the prompt of the last column is told."""
     samples, last = exam.config.samples, list(texts.values())[-1]
-    sets = [exam.truth, *(evaluation.measured for evaluation in evaluations.values())]
-    rows = []
-    for clip in (np.linspace(0, len(exam.asked) - 1, _SHEET_ROWS).astype(int) // samples * samples).tolist():
-        pictures = tuple(measured.videos[clip].numpy() for measured in sets)
-        rows.append(Row(sets[1].prompts[clip], clip % samples, pictures, f"rewritten: {last[clip // samples]}"))
-    return Sheet("The same scenes in a user's words", ("truth", *evaluations), tuple(rows), exam.video.fps)
-
-
-def _curves(entrants: Mapping[str, Entrant]) -> list[Curve]:
-    curves = []
-    for name, entrant in entrants.items():
-        if entrant.cost is None:
-            continue
-        lines = list(read_jsonl(entrant.cost.metrics))
-        if any("reward" in line for line in lines):
-            curves += _reward_curves(name, lines)
-            continue
-        if any("dmd" in line for line in lines):
-            told = {"teacher and critic apart": "dmd", "critic's flow-matching loss": "critic_loss"}
-            curves.append(Curve(f"{name}: self-forcing", read_series(entrant.cost.metrics, told), "", smooth=3))
-            continue
-        loss = read_series(entrant.cost.metrics, {"training": "loss", "held out": "validation_loss"})
-        curves.append(Curve(f"{name}: flow-matching loss", loss, "mean squared velocity error", smooth=5))
-        bins = _validation_bins(entrant.cost.metrics)
-        if bins:
-            curves.append(Curve(f"{name}: held-out loss by noise level", bins, "mean squared velocity error", log=True))
-    return curves
-
-
-def _reward_curves(name: str, lines: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """What training saw: rewards of its own samples in deviations of the first line's, and how healthy the run is."""
-    lines = [line for line in lines if "reward" in line]
-    steps = np.array([float(line["step"]) for line in lines])
-    first = lines[0]["reward"]
-    rewards = {
-        axis: (steps, np.array([(line["reward"][axis]["mean"] - kind["mean"]) / (kind["std"] or 1) for line in lines]))
-        for axis, kind in first.items()
-    }
-    health = {
-        label: (steps, np.array([np.nan if line[key] is None else line[key] for line in lines], float))
-        for label, key in _HEALTH.items()
-        if key in lines[0]
-    }
-    return [
-        Curve(f"{name}: rewards of the training samples", rewards, "change, standard deviations", smooth=3),
-        Curve(f"{name}: {', '.join(health)}", health, "", smooth=3),
-    ]
-
-
-def _validation_bins(metrics: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every second of the eight sigma bins, over steps."""
-    lines = [line for line in read_jsonl(metrics) if "validation_bins" in line]
-    if not lines:
-        return {}
-    steps = np.array([float(line["step"]) for line in lines])
-    values = np.array([line["validation_bins"] for line in lines])
-    return {
-        f"sigma {index / 8:.3g} to {(index + 1) / 8:.3g}": (steps, values[:, index])
-        for index in range(0, values.shape[1], 2)
-    }
+    rows = tuple(
+        _row(films, exam, clip, f"rewritten: {last[clip // samples]}")
+        for clip in columns.spread(len(exam.asked), samples)
+    )
+    return Sheet("The same scenes in a user's words", ("truth", *films), rows, exam.video.fps)

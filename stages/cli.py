@@ -61,7 +61,8 @@ def _distill(parser: argparse.ArgumentParser) -> None:
 def _pipeline(parser: argparse.ArgumentParser) -> None:
     _with_recipe(parser)
     parser.add_argument(
-        "--skip", action="append", default=[], choices=("cache", "sft", "rlhf", "enhance", "distill"),
+        "--skip", action="append", default=[],
+        choices=("cache", "sft", "rlhf", "longer", "enhance", "distill", "judge"),
         help="leave a stage out; repeatable",
     )  # fmt: skip
 
@@ -104,6 +105,7 @@ VERBS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     "enhance": ("a rewriter of prompts, from pairs and from rewards", "enhance", _enhance),
     "distill": ("a causal few-step student by self-forcing", "distill", _distill),
     "generate": ("prompts to mp4 files", "generate", _generate),
+    "judge": ("models on the same prompts and noise, scored and compared, on one page", "judge", _with_recipe),
     "bench": ("rates on a GPU, gates without one, records and their comparison", "bench", bench.add_arguments),
     "doctor": ("what this machine has, which kernels run and why", "doctor", _doctor),
 }

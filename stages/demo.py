@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from reelforge.bench.demo_report import Entrant, StageCost, judge_and_report
+from reelforge.bench.columns import Training
+from reelforge.bench.demo_report import Entrant, judge_and_report
 from reelforge.bench.evaluation import EvaluationConfig
 from reelforge.bench.rewrites import trained
 from reelforge.bench.toy import render
@@ -23,7 +24,6 @@ from reelforge.engine.core import config as configuration
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import replace_file, staged_folder
-from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.core.types import VideoSpec
@@ -46,7 +46,7 @@ from reelforge.stages import cache, sft
 from reelforge.stages.console import emit
 from reelforge.stages.distill_config import DistillConfig
 from reelforge.stages.enhance_config import EnhanceConfig
-from reelforge.stages.pipeline import Artefacts, Pipeline, PipelineConfig
+from reelforge.stages.pipeline import Pipeline, PipelineConfig
 from reelforge.stages.sft import SftConfig, ValidationConfig
 
 _PHASES = 10
@@ -96,7 +96,7 @@ class DemoConfig:
     Attributes:
         base: pretraining on the flawed set.
         sft: fine-tuning on the curated one.
-        longer: more of it, for as long as RLHF takes: what rewards are compared with.
+        longer: more of it, as :class:`~reelforge.stages.pipeline.PipelineConfig` says.
         language_model: what becomes the rewriter.
         pairs: of request and caption for each training scene, the rewriter's first lessons.
         rlhf, enhance, distill: the miniature's recipes, with what the demo's recipe sets laid over them.
@@ -144,11 +144,10 @@ class Demo:
         self._cache("curated", self.config.filters)
         self._announce("base: pretraining on the flawed set")
         base = self._train("base", self.config.base, self.model, "base")
-        made = Pipeline(self._pipeline(base), self._announce).run()
-        self._announce("sft for as long as rlhf took, to compare with")
-        longer = self._train("sft_longer", self.config.longer, made.models["sft"], "curated")
+        pipeline = Pipeline(self._pipeline(base), self._announce)
+        pipeline.run()
         self._announce("sampling held-out prompts and requests, scoring, reporting")
-        return self._judge(made, longer)
+        return self._judge(pipeline)
 
     def _pipeline(self, base: Path) -> PipelineConfig:
         """The pipeline on what the demo made."""
@@ -162,26 +161,26 @@ class Demo:
             output=root,
             sft=self._sft("sft", config.sft, base, "curated"),
             rlhf=dataclasses.replace(aligning, prompts=root / "rl_prompts.txt"),
+            longer=self._sft("longer", config.longer, base, "curated"),
             enhance=dataclasses.replace(
                 enhancing, language_model=root / "language_model", cold_start=lessons, grpo=filming
             ),
             distill=dataclasses.replace(config.distill, prompts=root / "rl_prompts.txt"),
         )
 
-    def _judge(self, made: Artefacts, longer: Path) -> Path:
+    def _judge(self, pipeline: Pipeline) -> Path:
         """Every column of the report: captions first, then requests with and without rewriting."""
-        models, rewritten = made.models, trained(self.root / "enhance" / "grpo" / "rewriter")
-        aligned, student, raw = models["rlhf"], models["distill"], "rlhf, raw request"
+        assert pipeline.rewriter is not None
+        ways = {"prompts": None, "requests": list, "rewritten": trained(pipeline.rewriter)}
         entrants = {
-            "base": Entrant(models["base"], (), self._cost("base")),
-            "sft": Entrant(models["sft"], ("base",), self._cost("sft")),
-            "sft, longer": Entrant(longer, ("sft",), self._cost("sft_longer")),
-            "rlhf": Entrant(aligned, ("sft", "sft, longer"), self._cost("rlhf")),
-            "student": Entrant(student, ("rlhf",), self._student_cost(), teacher="rlhf"),
-            raw: Entrant(aligned, (), rewrite=list),
-            "rlhf + PE": Entrant(aligned, (raw,), self._cost("enhance/grpo"), rewrite=rewritten),
-            "student, raw request": Entrant(student, (raw,), rewrite=list),
-            "student + PE": Entrant(student, ("student, raw request", "rlhf + PE"), rewrite=rewritten),
+            column.name: Entrant(
+                column.model,
+                column.against,
+                Training(column.metrics) if column.metrics else None,
+                "rlhf" if column.name == "student" else None,
+                ways[column.asked],
+            )
+            for column in pipeline.columns(requests=True)
         }
         config = self.config
         return judge_and_report(config.evaluation, entrants, self.root, config, config.seed)
@@ -273,15 +272,6 @@ class Demo:
             validation=budget.validation,
             device="cpu",
         )
-
-    def _student_cost(self) -> StageCost:
-        phases = [self.root / "distill" / name / "metrics.jsonl" for name in self.config.distill.phases]
-        steps, seconds = zip(*(training_time(path) for path in phases), strict=True)
-        return StageCost(sum(steps), sum(seconds), phases[-1])
-
-    def _cost(self, name: str) -> StageCost:
-        metrics = RunDir(self.root / name).metrics
-        return StageCost(*training_time(metrics), metrics)
 
 
 def load_config(quick: bool, overrides: list[str]) -> DemoConfig:

@@ -1,7 +1,6 @@
 """``reelforge generate``: prompts to mp4 files."""
 
 import argparse
-import dataclasses
 import json
 import re
 import time
@@ -20,10 +19,8 @@ from reelforge.engine.core.interrupt import StopRequest, stop_on_signals
 from reelforge.engine.core.progress import say, track
 from reelforge.engine.enhance.rewriter import Enhanced, load_rewriter
 from reelforge.engine.io.video import write_video
-from reelforge.engine.model.folder import ModelFolder, load_generation_defaults
-from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
-from reelforge.engine.model.lora import load_adapter, merge
-from reelforge.engine.model.weights import load_transformer
+from reelforge.engine.model.folder import load_generation_defaults
+from reelforge.engine.model.generator import Generator, Job, decode_uint8, load_served, resolve
 from reelforge.stages.console import emit
 
 
@@ -45,17 +42,6 @@ def _targets(asked: Sequence[Enhanced], samples: int, seed: int, out: Path, made
         names = (f"{slug}-{unique}-seed{seed}-{member}.mp4" for member in range(samples))
         targets += [Target(Job(made.prompt, member, made.request), out / name) for member, name in enumerate(names)]
     return targets
-
-
-def _load(arguments: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> ModelFolder:
-    """The model folder, with another run's transformer or adapter in it if asked for."""
-    folder = ModelFolder.load(arguments.model, dtype, device)
-    if arguments.transformer is not None:
-        folder = dataclasses.replace(folder, transformer=load_transformer(arguments.transformer, dtype, device))
-    if arguments.adapter is not None:
-        load_adapter(folder.transformer, arguments.adapter)
-        merge(folder.transformer)
-    return folder
 
 
 def _weights_state(*folders: Path | None) -> str:
@@ -98,7 +84,8 @@ def main(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     device = pick_device(config.device)
     dtype = torch.bfloat16 if config.precision == "bf16" and device.type == "cuda" else torch.float32
-    generator = Generator(_load(arguments, dtype, device), config, arguments.seed)
+    folder = load_served(arguments.model, arguments.transformer, arguments.adapter, dtype, device)
+    generator = Generator(folder, config, arguments.seed)
     weights = _weights_state(arguments.model, arguments.transformer, arguments.adapter)
     made_by = f"{fingerprint(config)} {weights}"
     asked = _enhanced(arguments, prompts, generator)

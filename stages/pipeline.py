@@ -1,4 +1,4 @@
-"""``reelforge pipeline``: base, fine-tuned, aligned, with a rewriter, distilled; every stage from the one before.
+"""``reelforge pipeline``: base, fine-tuned, aligned, with a rewriter, distilled, judged; each from the one before.
 
 A stage is its own verb with the paths filled in. What it leaves is recorded with a hash: a folder that was changed
 behind the pipeline's back is not built upon.
@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reelforge.bench import judging
+from reelforge.bench.judge_config import ColumnConfig, JudgeConfig
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError, ReelforgeError
 from reelforge.engine.core.files import replace_file
+from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.io.model_files import fingerprint_folders, read_json
@@ -38,16 +41,20 @@ _FILLED: dict[str, tuple[str, ...]] = {
     "cache": ("model", "output"),
     "sft": ("model", "cache", "output"),
     "rlhf": ("model", "output"),
+    "longer": ("model", "cache", "output"),
     "enhance": ("output", "grpo.generator"),
     "distill": ("teacher", "output"),
+    "judge": ("output",),
 }
 STAGES = tuple(_FILLED)
 _DOES = {
     "cache": "decoding, filtering and encoding the clips",
     "sft": "fine-tuning on the clips",
     "rlhf": "GRPO from rewards",
+    "longer": "fine-tuning for as long as RLHF took, to compare with",
     "enhance": "a rewriter of prompts, from pairs and rewards",
     "distill": "a causal few-step student by self-forcing",
+    "judge": "all models on the same prompts and noise",
 }
 
 _FACTS = ("artefact", "fingerprint", "seconds")  # what the record says of a stage
@@ -63,8 +70,12 @@ class PipelineConfig:
         cache: clips to latents; skipped when ``sft.cache`` names a finished one.
         sft: supervised fine-tuning.
         rlhf: GRPO on the fine-tuned model.
+        longer: fine-tuning continued, for as many steps as RLHF's seconds pay for, whatever its recipe says: what
+            rewards are compared with.
         enhance: a rewriter for the aligned model.
         distill: a causal few-step student of the aligned model.
+        judge: a report of them all, on requests with and without rewriting too where it names requests; the pipeline
+            adds the columns.
     """
 
     model: Path
@@ -72,8 +83,10 @@ class PipelineConfig:
     cache: CacheConfig | None = None
     sft: SftConfig | None = None
     rlhf: RlhfConfig | None = None
+    longer: SftConfig | None = None
     enhance: EnhanceConfig | None = None
     distill: DistillConfig | None = None
+    judge: JudgeConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -82,6 +95,8 @@ class PipelineConfig:
             raise ConfigError("The pipeline has [cache] and no [sft].", "Only fine-tuning reads a cache.")
         if self.sft and not self.cache and self.sft.cache == Path():
             raise ConfigError("The pipeline has [sft] and no latents.", "Add a table [cache], or set sft.cache.")
+        if self.longer and not (self.sft and self.rlhf):
+            raise ConfigError("The pipeline has [longer].", "It continues [sft] for the time of [rlhf]: add both.")
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -161,14 +176,15 @@ class Pipeline:
                 start = time.monotonic()
                 with _named(name):
                     artefact = getattr(self, f"_{name}")()
-                self._note(name, artefact, time.monotonic() - start)
-        known = self._known()
-        return Artefacts(self.models, self.rewriter, {name: known[name]["seconds"] for name in self.config.stages})
+                if artefact:
+                    self._note(name, artefact, time.monotonic() - start)
+        seconds = {name: facts["seconds"] for name, facts in self._known().items() if name in self.config.stages}
+        return Artefacts(self.models, self.rewriter, seconds)
 
     @property
     def newest(self) -> Path:
         """Model folder that the next stage starts from."""
-        return list(self.models.values())[-1]
+        return [folder for name, folder in self.models.items() if name != "longer"][-1]
 
     def _cache(self) -> Path:
         assert self.config.cache is not None
@@ -183,12 +199,26 @@ class Pipeline:
     def _sft(self) -> Path:
         assert self.config.sft is not None
         config = dataclasses.replace(self.config.sft, model=self.newest, cache=self.latents, output=self.root / "sft")
-        return self._finish("sft", sft.run(config).weights)
+        return self._finish("sft", sft.run(config).weights, self.newest)
 
     def _rlhf(self) -> Path:
         assert self.config.rlhf is not None
         config = dataclasses.replace(self.config.rlhf, model=self.newest, output=self.root / "rlhf")
-        return self._finish("rlhf", rlhf.run(config).weights)
+        return self._finish("rlhf", rlhf.run(config).weights, self.newest)
+
+    def _longer(self) -> Path:
+        assert self.config.longer is not None
+        steps, seconds = training_time(self.root / "sft" / "metrics.jsonl")
+        _, paid = training_time(self.root / "rlhf" / "metrics.jsonl")
+        tuned = self.models["sft"]
+        config = dataclasses.replace(
+            self.config.longer,
+            model=tuned,
+            cache=self.latents,
+            output=self.root / "longer",
+            train=dataclasses.replace(self.config.longer.train, steps=max(1, round(steps * paid / seconds))),
+        )
+        return self._finish("longer", sft.run(config).weights, tuned)
 
     def _enhance(self) -> Path:
         config = self.config.enhance
@@ -204,16 +234,63 @@ class Pipeline:
         self.models["distill"] = distill.run(config).model
         return self.models["distill"]
 
-    def _finish(self, name: str, weights: Path) -> Path:
-        """The stage's model folder: that of the stage before with these weights, an adapter merged in."""
+    def _judge(self) -> None:
+        """Nothing is built upon a report: it may be made again, in other ways."""
+        assert self.config.judge is not None
+        config = dataclasses.replace(self.config.judge, output=self.root / "judge")
+        given = dataclasses.replace(config, rewriter=self.rewriter, columns=self.columns(config.requests is not None))
+        judging.run(given)
+
+    def columns(self, requests: bool) -> tuple[ColumnConfig, ...]:
+        """What a report compares: every model, then the served ones on requests, as they are and rewritten."""
+        named = {"longer": "sft, longer", "distill": "student"}
+        names = {stage: named.get(stage, stage) for stage in ("base", "sft", "longer", "rlhf", "distill")}
+        against = {"sft": ("base",), "longer": ("sft",), "rlhf": ("sft", "longer"), "distill": ("rlhf",)}
+        found = [
+            ColumnConfig(
+                names[stage],
+                self.models[stage],
+                tuple(names[other] for other in against.get(stage, ()) if other in self.models),
+                metrics=self._metrics(stage),
+            )
+            for stage in names
+            if stage in self.models
+        ]
+        for stage in ("rlhf", "distill") if requests else ():
+            if stage in self.models:
+                found += self._asked(names[stage], self.models[stage], {column.name for column in found})
+        return tuple(found)
+
+    def _asked(self, name: str, model: Path, known: set[str]) -> list[ColumnConfig]:
+        """A model's columns on requests; the first ones are what later models' are compared with."""
+        raw, rewritten = f"{name}, raw request", f"{name} + PE"
+        before = {"student, raw request": ("rlhf, raw request",), "student + PE": ("rlhf + PE",)}
+        columns = [ColumnConfig(raw, model, tuple(known & {*before.get(raw, ())}), "requests")]
+        if self.rewriter:
+            against = (raw, *(known & {*before.get(rewritten, ())}))
+            trained = self._metrics("enhance") if name == "rlhf" else ()
+            columns.append(ColumnConfig(rewritten, model, against, "rewritten", metrics=trained))
+        return columns
+
+    def _metrics(self, stage: str) -> tuple[Path, ...]:
+        """Logs of a stage's runs, in order."""
+        runs = {
+            "distill": ("distill/causal_init", "distill/self_forcing"),
+            "enhance": ("enhance/cold_start", "enhance/grpo"),
+        }
+        files = (self.root / run / "metrics.jsonl" for run in runs.get(stage, (stage,)))
+        return tuple(file for file in files if file.exists())
+
+    def _finish(self, name: str, weights: Path, origin: Path) -> Path:
+        """The stage's model folder: ``origin`` with these weights, an adapter merged in."""
         folder = self.root / f"{name}_model"
         if not folder.exists() and distributed.rank() == 0:
             adapter = weights.name == "adapter"
-            model = load_transformer(self.newest / "transformer" if adapter else weights)
+            model = load_transformer(origin / "transformer" if adapter else weights)
             if adapter:
                 load_adapter(model, weights)
                 merge(model)
-            derive_model_folder(self.newest, folder, model)
+            derive_model_folder(origin, folder, model)
         distributed.barrier()
         self.models[name] = folder
         return folder
@@ -276,8 +353,10 @@ def identity(config: PipelineConfig) -> str:
         "cache": config.cache and dataclasses.replace(config.cache, model=nowhere, output=nowhere),
         "sft": config.sft and dataclasses.replace(sft.decisive(config.sft), model=nowhere),
         "rlhf": config.rlhf and recipe.decisive(config.rlhf),
+        "longer": config.longer and dataclasses.replace(sft.decisive(config.longer), model=nowhere),
         "enhance": config.enhance and enhance_config.decisive(config.enhance),
         "distill": config.distill and distill_config.decisive(config.distill),
+        "judge": None,  # a finished pipeline may be judged again, in other ways
     }
     return configuration.fingerprint(dataclasses.replace(config, model=nowhere, output=nowhere, **plain))
 

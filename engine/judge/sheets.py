@@ -52,10 +52,15 @@ def moving_row(row: Row, fps: float) -> tuple[list[Image.Image], int]:
 
     Small frames keep their size, for the page to magnify.
     """
-    clips = [_shrink(_spread(clip, _MAX_MOVING_FRAMES)) for clip in row.clips]
+    clips = [thumbnail(clip) for clip in row.clips]
     length = max(len(clip) for clip in clips)
     pictures = [_beside([Image.fromarray(c[min(i, len(c) - 1)]) for c in clips], gap=1) for i in range(length)]
     return pictures, round(1000 * max(len(clip) for clip in row.clips) / fps / length)
+
+
+def thumbnail(clip: Frames) -> Frames:
+    """As many and as large frames as a page moves."""
+    return _shrink(_spread(clip, _MAX_MOVING_FRAMES))
 
 
 def webp(pictures: Sequence[Image.Image], lossless: bool, duration_ms: int = 0) -> bytes:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ from reelforge.engine.model import generation
 from reelforge.engine.model.folder import GenerationDefaults, ModelFolder
 from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.layout import chunk_pattern
+from reelforge.engine.model.lora import load_adapter, merge
+from reelforge.engine.model.weights import load_transformer
 from reelforge.kernels.frames import to_uint8
 
 
@@ -159,6 +162,19 @@ class Generator:
         return generation.Guidance(
             text[:-1], text[-1:].expand(len(prompts), -1, -1).contiguous(), self.config.guidance_scale
         )
+
+
+def load_served(
+    root: Path, transformer: Path | None, adapter: Path | None, dtype: torch.dtype, device: torch.device
+) -> ModelFolder:
+    """A model folder, with another run's ``transformer`` in it and a LoRA ``adapter`` merged, if there are any."""
+    folder = ModelFolder.load(root, dtype, device)
+    if transformer is not None:
+        folder = dataclasses.replace(folder, transformer=load_transformer(transformer, dtype, device))
+    if adapter is not None:
+        load_adapter(folder.transformer, adapter)
+        merge(folder.transformer)
+    return folder
 
 
 def decode_uint8(codec: VideoCodec, latents: Tensor) -> np.ndarray:

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 pytest.importorskip("av")
 
+import tomli_w
 import torch
 from tiny_rlhf import PROMPTS
 from tokenizers.pre_tokenizers import ByteLevel
@@ -27,8 +28,9 @@ from reelforge.engine.core import rng
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.enhance.dialogue import SYSTEM
 from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
+from reelforge.engine.judge import results
 from reelforge.engine.model.folder import load_generation_defaults
-from reelforge.stages import cache, demo, pipeline
+from reelforge.stages import cache, demo
 from reelforge.stages.cli import main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -43,7 +45,7 @@ CAPTIONS = (
 FREE = {
     "model", "data", "output", "cache", "prompts", "language_model", "pairs", "requests", "generator", "teacher",
     "student", "critic", "rewards", "scorers", "steps", "num_steps", "batch_size", "micro_batch_size", "count",
-    "substeps", "clips", "samples", "num_frames", "height", "width", "min", "max_new_tokens", "sampling",
+    "substeps", "clips", "voters", "samples", "num_frames", "height", "width", "min", "max_new_tokens", "sampling",
 }  # fmt: skip
 
 
@@ -115,6 +117,7 @@ DISTILL_WAN = [
     "video.height=16", "video.width=16", "causal_init.pairs.count=3", "causal_init.pairs.substeps=2",
     "causal_init.train.steps=2", "causal_init.train.batch_size=2", *CYCLE,
 ]  # fmt: skip
+JUDGE = ["prompts={held_out}", "requests={requests}", "rewards=['clip={clip}']", "voters=['pick={clip}']"]
 VERBS = {
     **{name: ("cache", settings) for name, settings in CACHE.items()},
     "sft_miniature": ("sft", SFT),
@@ -201,15 +204,21 @@ def test_every_preset_trains_two_steps_on_wans_recipe(files, tmp_path, preset):
 def test_the_pipelines_recipe_runs_all_stages(files, tmp_path, capsys):
     """With the overrides of each stage's own recipe, and none of what is handed from stage to stage."""
     stages = {"cache": CACHE["cache_wan2.1_480p"], "sft": SFT, "rlhf": RLHF_WAN, "enhance": ENHANCE_WAN,
-              "distill": DISTILL_WAN}  # fmt: skip
+              "longer": SFT, "distill": DISTILL_WAN, "judge": JUDGE}  # fmt: skip
     handed = {"model", "output", "cache", "grpo.generator", "teacher", "student", "critic"}
     settings = [f"{name}.{each}" for name, part in stages.items() for each in part if each.split("=")[0] not in handed]
     words = arguments(["model={model}", "output={out}", *settings], files | {"out": tmp_path / "run"})
     assert main(["pipeline", str(RECIPES / "pipeline_wan2.1_1.3b.toml"), *words]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["models"].keys() == {"base", "sft", "rlhf", "distill"} and Path(facts["rewriter"]).is_dir()
-    for name in pipeline.STAGES[1:]:
+    assert facts["models"].keys() == {"base", "sft", "rlhf", "longer", "distill"} and Path(facts["rewriter"]).is_dir()
+    for name in ("sft", "rlhf", "enhance", "distill"):
         check_loops(tmp_path / "run" / name, name)
+    assert check_metrics(tmp_path / "run/longer") >= 1
+    judged = results.read(tmp_path / "run/judge/results.json")
+    assert [stage.name for stage in judged.stages] == [
+        "base", "sft", "sft, longer", "rlhf", "student", "rlhf, raw request", "rlhf + PE", "student, raw request",
+        "student + PE",
+    ]  # fmt: skip
     assert load_generation_defaults(facts["models"]["distill"]).denoising_steps == (1000.0, 750.0, 500.0, 250.0)
 
 
@@ -218,7 +227,7 @@ def test_the_pipelines_recipe_is_that_of_the_verbs():
     read = configuration.read_table
     stages = read(RECIPES / "pipeline_wan2.1_1.3b.toml")
     own = {"cache": "cache_wan2.1_480p", "sft": "sft_wan2.1_1.3b", "rlhf": "rlhf_wan2.1_1.3b",
-           "enhance": "enhance_wan2.1", "distill": "distill_wan2.1_1.3b_all"}  # fmt: skip
+           "longer": "sft_wan2.1_1.3b", "enhance": "enhance_wan2.1", "distill": "distill_wan2.1_1.3b_all"}  # fmt: skip
     differ = {
         stage: {key for key, value in read(RECIPES / f"{name}.toml").items() if stages[stage][key] != value}
         for stage, name in own.items()
@@ -226,6 +235,21 @@ def test_the_pipelines_recipe_is_that_of_the_verbs():
     assert differ["distill"] == {"student", "critic"}
     assert stages["distill"]["student"] == stages["distill"]["critic"] == "none"
     assert not any(keys for stage, keys in differ.items() if stage != "distill")
+
+
+def test_the_judges_recipe_compares_what_it_says(files, tmp_path, capsys):
+    """Its columns' folders alone are others here, and the scorers'."""
+    adapter = run("rlhf_wan2.1_1.3b", files, tmp_path / "rlhf") / "adapter"
+    table = configuration.read_table(RECIPES / "judge_wan2.1_1.3b.toml")
+    for column in table["columns"]:
+        column["model"] = str(files["model"])
+    table["columns"][-1] |= {"adapter": str(adapter), "metrics": [str(adapter.parent / "metrics.jsonl")]}
+    (tmp_path / "judge.toml").write_text(tomli_w.dumps(table))
+    words = arguments(["output={out}", *(each for each in JUDGE if "requests" not in each)], files | {"out": tmp_path})
+    assert main(["judge", str(tmp_path / "judge.toml"), *words]) == 0
+    base, guided, aligned = results.read(tmp_path / "results.json").stages
+    assert guided.nfe == 2 * base.nfe == 2 * aligned.nfe and aligned.steps == 2
+    assert [vote.reference for vote in (*guided.gsb, *aligned.gsb)] == ["base", "base"]
 
 
 def test_the_demos_recipes_are_whole():
@@ -236,4 +260,5 @@ def test_the_demos_recipes_are_whole():
 
 def test_no_recipe_is_left_out():
     """A new recipe needs a test that runs it."""
-    assert {path.stem for path in RECIPES.glob("*.toml")} == {*VERBS, "pipeline_wan2.1_1.3b", *ELSEWHERE}
+    several = {"pipeline_wan2.1_1.3b", "judge_wan2.1_1.3b"}
+    assert {path.stem for path in RECIPES.glob("*.toml")} == {*VERBS, *several, *ELSEWHERE}
