@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from reelforge.engine.core.allocator import keep_freed_memory
 from reelforge.engine.core.errors import Interrupted, ReelforgeError
 from reelforge.engine.core.settings import settings
 from reelforge.stages import bench
@@ -125,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a verb. Exit status: 0 done, 2 bad input, 3 training failed, 10 to 13 ``bench compare``, 130 interrupted."""
     arguments = parser().parse_args(argv)
+    keep_freed_memory()
     # SIGTERM ends a verb as Ctrl-C does; training and sampling turn both into an orderly stop.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
