@@ -82,7 +82,8 @@ def test_the_page_is_made_from_the_cells_records(tmp_path: Path, monkeypatch) ->
     out, page = tmp_path / "study", tmp_path / "docs/miniature.md"
     for cell in study.cells(out, 10)[:3]:
         cell.product.parent.mkdir(parents=True)
-        results.write(outcome(int(cell.command[-1])), cell.product)
+        seed = int(cell.command[cell.command.index("--seed") + 1])
+        results.write(outcome(seed), cell.product)
     for name in study.PAGES:
         (out / name).mkdir()
         (out / name / "study.json").write_text(json.dumps({"checks": checks.get(name, [])}))

@@ -21,7 +21,9 @@ from tiny_rlhf import PROMPTS, weights
 from torch import Tensor
 
 from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.metrics import training_time
 from reelforge.engine.io.video import read_video
+from reelforge.engine.judge import results
 from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages import cli, distill, enhance, pipeline, rlhf, sft
 
@@ -268,3 +270,87 @@ def test_python_may_run_it_too(finished, model_folder):
     with pytest.raises(ConfigError, match="no stage"):
         pipeline.PipelineConfig(model_folder, finished)
     assert config.cache.video == config.cache.video.__class__(**VIDEO) and ODE["train"]["steps"] == 2
+
+
+# --- what is not built upon ---
+
+LONGER = {
+    "train": {"steps": 1, "batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "log_every": 1},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+    "validation": {"clips": 4},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def compared(recipe_in: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fine-tuned, aligned, fine-tuned for longer, judged."""
+    root = tmp_path_factory.mktemp("compared")
+    (root / "held_out.txt").write_text("\n".join(PROMPTS[:3]) + "\n")
+    judge = {"prompts": str(root / "held_out.txt"), "voters": ["planted_scorers:Bright"], "samples": 1, "device": "cpu"}
+    assert run(recipe_in(root, longer=LONGER, enhance=None, distill=None, judge=judge)) == 0
+    return root / "run"
+
+
+def test_fine_tuning_goes_on_for_rlhfs_seconds(compared):
+    steps, seconds = training_time(compared / "sft/metrics.jsonl")
+    done, _ = training_time(compared / "longer/metrics.jsonl")
+    assert done == max(1, round(steps * training_time(compared / "rlhf/metrics.jsonl")[1] / seconds)) > 1
+    assert not same(model_of(compared, "sft"), weights(compared / "longer_model/transformer"))
+
+
+def test_fine_tuning_for_longer_starts_from_the_fine_tuned_model_and_nothing_from_it(compared, tmp_path):
+    """Restarted by hand from the fine-tuned model it is the same; RLHF's model is none of it."""
+    config = pipeline.load(compared.parent / "recipe.toml").longer
+    done, _ = training_time(compared / "longer/metrics.jsonl")
+    train = dataclasses.replace(config.train, steps=done)
+    again = sft.run(
+        dataclasses.replace(
+            config, model=compared / "sft_model", cache=compared / "cache", output=tmp_path, train=train
+        )
+    )
+    assert same(weights(again.weights), weights(compared / "longer_model/transformer"))
+    record = json.loads((compared / "pipeline.json").read_text())
+    assert list(record) == ["base", "cache", "sft", "rlhf", "longer"], "a report is no artefact"
+
+
+def test_a_report_has_a_column_for_every_model(compared):
+    found = results.read(compared / "judge/results.json")
+    assert [stage.name for stage in found.stages] == ["base", "sft", "sft, longer", "rlhf"]
+    references = {stage.name: [vote.reference for vote in stage.gsb] for stage in found.stages}
+    assert references == {"base": [], "sft": ["base"], "sft, longer": ["sft"], "rlhf": ["sft", "sft, longer"]}
+    assert [stage.steps for stage in found.stages][1::2] == [4, 4] and found.stages[0].steps is None
+
+
+def test_requests_get_columns_of_the_models_that_are_served(finished, recipe_in, tmp_path):
+    """With a rewriter each is asked twice; the student is compared with its teacher."""
+    work = pipeline.Pipeline(pipeline.load(finished.parent / "recipe.toml"))
+    work.models |= {name: finished / folder for name, folder in MODELS.items()}
+    without = [column.name for column in work.columns(requests=False)]
+    assert without == ["base", "sft", "rlhf", "student"]
+    assert [column.name for column in work.columns(requests=True)][4:] == ["rlhf, raw request", "student, raw request"]
+    work.rewriter = finished / "enhance/grpo/rewriter"
+    asked = {column.name: (column.asked, column.against) for column in work.columns(requests=True)[4:]}
+    assert asked == {
+        "rlhf, raw request": ("requests", ()),
+        "rlhf + PE": ("rewritten", ("rlhf, raw request",)),
+        "student, raw request": ("requests", ("rlhf, raw request",)),
+        "student + PE": ("rewritten", ("student, raw request", "rlhf + PE")),
+    }
+
+
+def test_a_finished_pipeline_is_judged_again_in_other_ways_and_nothing_else_is_done(compared, capsys):
+    recipe, before = compared.parent / "recipe.toml", (compared / "pipeline.json").read_bytes()
+    assert run(recipe, "--set", "judge.samples=2", "--set", "judge.voters=['planted_scorers:Dim']") == 0
+    assert results.read(compared / "judge/results.json").clips == 6
+    told = capsys.readouterr().err
+    assert told.count("is finished") == 4 and "sft: 1/" not in told
+    assert (compared / "pipeline.json").read_bytes() == before
+    assert run(recipe, "--skip", "judge") == 0
+
+
+@pytest.mark.parametrize("without", ["sft", "rlhf"])
+def test_longer_needs_what_it_is_longer_than(recipe_in, tmp_path, without, capsys):
+    gone = {without: None, **({"cache": None} if without == "sft" else {})}
+    assert run(recipe_in(tmp_path, longer=LONGER, **gone)) == 2
+    assert "The pipeline has [longer]." in capsys.readouterr().err
