@@ -25,6 +25,7 @@ from reelforge.engine.judge.gsb import Gsb
 from reelforge.engine.judge.results import Results, Score, StageResult
 
 SEEDS = (0, 1, 2)
+SAMPLES = 6  # clips a prompt: 432 pairs a comparison, where the demo's own report has fewer
 # Acceptance for every seed, beside that of the studies. Fixed before the reported run; a failed check is reported.
 #   net GSB of a column against another: interval above 0; change of an accuracy against base: interval above 0
 VOTES = (("sft", "base"), ("rlhf", "sft"), ("rlhf + PE", "rlhf, raw request"))
@@ -58,7 +59,11 @@ def cells(out: Path, nfe: int) -> list[Cell]:
 
     return [
         *(
-            Cell(f"pipeline, seed {seed}", root / "results.json", ("demo", "--out", str(root), "--seed", str(seed)))
+            Cell(
+                f"pipeline, seed {seed}",
+                root / "results.json",
+                ("demo", "--out", str(root), "--seed", str(seed), "--set", f"evaluation.samples={SAMPLES}"),
+            )
             for seed, root in zip(SEEDS, demos, strict=True)
         ),
         ablation("rl", "rl-study"),

@@ -43,6 +43,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="a minute instead of ten; shows that it runs, not how well"
     )
     parser.add_argument("--seed", type=int, default=0, help="names every random draw (default: %(default)s)")
+    _with_overrides(parser)
 
 
 def _rlhf(parser: argparse.ArgumentParser) -> None:

@@ -283,7 +283,7 @@ def load_config(quick: bool, overrides: list[str]) -> DemoConfig:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.quick, [f"seed={arguments.seed}"])
+    config = load_config(arguments.quick, [f"seed={arguments.seed}", *arguments.overrides])
     start = time.monotonic()
     try:
         RunDir.open(arguments.out, config)
