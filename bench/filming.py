@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reelforge.bench.judge_config import ColumnConfig, JudgeConfig
+from reelforge.bench.judge_config import SECOND, ColumnConfig, JudgeConfig
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import Interrupted, TrainingError
@@ -29,7 +28,7 @@ from reelforge.engine.io.video import write_video
 from reelforge.engine.judge.bootstrap import Labels
 from reelforge.engine.judge.gsb import Scores
 from reelforge.engine.model.folder import load_generation_defaults
-from reelforge.engine.model.generator import Generator, Job, decode_uint8, load_served, resolve
+from reelforge.engine.model.generator import GenerateConfig, Generator, Job, decode_uint8, load_served, resolve
 from reelforge.engine.rewards.contract import Scorer
 from reelforge.engine.rewards.scoring import Scoring
 
@@ -93,27 +92,26 @@ class Studio:
         patience = dataclasses.replace(config.scoring, overlap=False)
         self.scoring = Scoring(scorers, lambda frames: frames, patience)
 
-    def film(self, column: ColumnConfig, asked: Sequence[str], texts: Sequence[str], take: int = 0) -> Film:
+    def film(self, column: ColumnConfig, asked: Sequence[str], texts: Sequence[str], draw: int = 0) -> Film:
         """Every rank makes its share of what is missing; all get the whole.
 
         Args:
             column: whose model, sampled how.
             asked: what clips are scored against, and what names their noise.
             texts: what the model is given, one each.
-            take: 1 for the same once more, on other noise.
+            draw: 1 for the same once more, on other noise.
 
         Raises:
             Interrupted: a signal asked to stop.
             TrainingError: too many clips lack a score.
         """
-        config, seed = self.config, self.config.seed + take
-        sampling = (f"device={self.device.type}", f"batch_size={config.batch_size}", *column.settings)
-        generation = resolve(load_generation_defaults(column.model), sampling)
+        config, seed = self.config, self.config.seed + draw
+        generation = how_sampled(config, column)
         decisive = dataclasses.replace(generation, batch_size=1, samples=1)
         judged = (*config.rewards, *config.voters)
         made_by = f"{_weights(column)} {configuration.fingerprint(decisive)} {seed} {judged}"
-        name = f"{column.name}, second noise" if take else column.name
-        takes = self._takes(name, asked, texts, made_by)
+        name, slug = (f"{column.name}, second noise", column.slug + SECOND) if draw else (column.name, column.slug)
+        takes = self._takes(slug, asked, texts, made_by)
         own = [take for take in takes[distributed.rank() :: distributed.world_size()] if take.known is None]
         if own:
             dtype = torch.bfloat16 if generation.precision == "bf16" and self.device.type == "cuda" else torch.float32
@@ -128,8 +126,7 @@ class Studio:
         distributed.barrier()
         return self._gather(takes, generation.video.fps)
 
-    def _takes(self, name: str, asked: Sequence[str], texts: Sequence[str], made_by: str) -> list[_Take]:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "column"
+    def _takes(self, slug: str, asked: Sequence[str], texts: Sequence[str], made_by: str) -> list[_Take]:
         clips, scores = (make_folder(self.config.output / kind / slug) for kind in ("clips", "scores"))
         takes = []
         for place, (request, text) in enumerate(zip(asked, texts, strict=True)):
@@ -183,6 +180,13 @@ class Studio:
         seconds = float(np.mean([each["seconds"] for each in facts]))
         clips = tuple(take.clip for take in takes)
         return Film(scores, labels, clips, fps, facts[0]["nfe"], facts[0]["token_forwards"], seconds)
+
+
+def how_sampled(config: JudgeConfig, column: ColumnConfig) -> GenerateConfig:
+    """The folder's defaults with the recipe's and the column's settings laid over them."""
+    device = distributed.pick_device(config.device).type
+    settings = (f"device={device}", f"batch_size={config.batch_size}", *column.settings)
+    return resolve(load_generation_defaults(column.model), settings)
 
 
 def _weights(column: ColumnConfig) -> str:

@@ -1,5 +1,6 @@
 """The recipe of ``reelforge judge``: what is compared, on what, by whom."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.rewards.scoring import ScoringConfig
 
 Asked = Literal["prompts", "requests", "rewritten"]
+SECOND = "-second-noise"  # what the first column's other clips are filed under
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class ColumnConfig:
     adapter: Path | None = None
     settings: tuple[str, ...] = ()
     metrics: tuple[Path, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """Names its folders."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "column"
 
     @property
     def judged_by(self) -> Literal["prompts", "requests"]:
@@ -78,9 +85,14 @@ class JudgeConfig:
         if not self.voters:
             raise ConfigError("voters is empty.", "Name a scorer that no training optimised, e.g. pick=FOLDER.")
         seen: dict[str, ColumnConfig] = {}
+        slugs = {f"{column.slug}{SECOND}": f"{column.name}, second noise" for column in self.columns[:1]}
         for column in self.columns:
-            if column.name in seen:
-                raise ConfigError(f"Two columns are called {column.name!r}.", "Give each a name of its own.")
+            if column.slug in slugs:
+                raise ConfigError(
+                    f"Columns {slugs[column.slug]!r} and {column.name!r} are both filed as {column.slug!r}.",
+                    "Give them names that differ in letters or digits.",
+                )
+            slugs[column.slug] = column.name
             self._check(column, seen)
             seen[column.name] = column
 

@@ -10,19 +10,20 @@ from pathlib import Path
 
 from reelforge.bench import columns
 from reelforge.bench.columns import Column, Training
-from reelforge.bench.filming import Film, Studio
+from reelforge.bench.filming import Film, Studio, how_sampled
 from reelforge.bench.judge_config import ColumnConfig, JudgeConfig
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed, hardware
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.progress import say
+from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.enhance.rewriter import Enhanced, RewriterConfig, load_rewriter
 from reelforge.engine.io.video import read_video
 from reelforge.engine.judge.gsb import Panel, Verifier, compare, fix_panel
 from reelforge.engine.judge.results import Results, score_clips
 from reelforge.engine.judge.sheets import Row, Sheet, thumbnail
-from reelforge.engine.model.folder import load_generation_defaults, load_text_encoder
+from reelforge.engine.model.folder import load_text_encoder
 from reelforge.engine.rewards.registry import build_scorers
 from reelforge.engine.rl.prompts import read_prompts
 
@@ -45,13 +46,10 @@ def run(config: JudgeConfig) -> Path:
     """
     if not config.columns:
         raise ConfigError("There is no column.", "Add [[columns]] with a name and a model.")
-    video = load_generation_defaults(config.columns[0].model).video
+    words, video = read_words(config), _video(config)
     rewards, voters = build_scorers(config.rewards, video), build_scorers(config.voters, video)
     verifiers = [Verifier(axis, "higher", target=True) for scorer in rewards for axis in scorer.axes]
     verifiers += [Verifier(axis, "higher", target=False) for scorer in voters for axis in scorer.axes]
-    words = {"prompts": _lines(config.prompts)}
-    if config.requests:
-        words["requests"] = _lines(config.requests)
     studio = Studio(config, [*rewards, *voters])
     rewritten = _rewritten(config, words.get("requests", ()))
     given = {**words, "rewritten": [made.prompt for made in rewritten]}
@@ -65,6 +63,29 @@ def run(config: JudgeConfig) -> Path:
         _report(config, films, again, verifiers, words, rewritten)
     distributed.barrier()
     return config.output / "report.html"
+
+
+def read_words(config: JudgeConfig) -> dict[str, tuple[str, ...]]:
+    """What is asked for: ``prompts``, and ``requests`` if there are any.
+
+    Raises:
+        ConfigError, DataError: a file cannot be read, or holds fewer than two.
+    """
+    words = {"prompts": _lines(config.prompts)}
+    return {**words, "requests": _lines(config.requests)} if config.requests else words
+
+
+def _video(config: JudgeConfig) -> VideoSpec:
+    """The size that all columns' clips have, or else they could not be compared."""
+    sizes = {column.name: how_sampled(config, column).video for column in config.columns}
+    first = next(iter(sizes))
+    for name, video in sizes.items():
+        if video != sizes[first]:
+            raise ConfigError(
+                f"Column {name!r} makes clips of {video}, {first!r} of {sizes[first]}.",
+                "Give them one size by their settings.",
+            )
+    return sizes[first]
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -169,6 +169,8 @@ class Pipeline:
             DataError: what an earlier stage left has changed since.
             ConfigError, CheckpointError, StorageError, TrainingError: as named.
         """
+        if self.config.judge:
+            judging.read_words(self.config.judge)  # what is wrong with them is better known now than in a week
         with distributed.process_group(distributed.pick_device("auto")):
             self._note("base", self.config.model, 0.0)
             for name in self.config.stages:

@@ -291,7 +291,9 @@ def test_clips_without_a_score_are_missing_and_made_again(judged) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"columns": [{"name": "a"}, {"name": "a"}]}, "Two columns are called 'a'"),
+        ({"columns": [{"name": "a"}, {"name": "a"}]}, "Columns 'a' and 'a' are both filed as 'a'"),
+        ({"columns": [{"name": "a+b"}, {"name": "A b"}]}, "Columns 'a.b' and 'A b' are both filed as 'a-b'"),
+        ({"columns": [{"name": "a"}, {"name": "a second noise"}]}, "Columns 'a, second noise' and 'a second noise'"),
         ({"columns": [{"name": "a", "against": ["b"]}, {"name": "b"}]}, "'a' is against 'b', which is no column"),
         ({"columns": [{"name": "a"}, {"name": "b", "asked": "requests"}]}, "'b' is asked for requests.*Set requests"),
         ({"columns": [{"name": "a", "asked": "rewritten"}], "requests": "r.txt"}, "'a' is asked for rewritten.*Set re"),
@@ -316,7 +318,8 @@ def test_a_recipe_that_cannot_be_compared_is_refused(judged, changes: dict, told
         ({"columns": []}, r"There is no column.*\[\[columns\]\]"),
         ({"voters": [BRIGHT], "rewards": [BRIGHT]}, "axes are bright, bright.*each axis one scorer"),
         ({"voters": ["planted_scorers:Bryght"]}, "Bryght.*cannot be imported"),
-        ({"columns": [{"name": "a", "settings": ["guidence_scale=3"]}]}, "guidence_scale.*Did you mean"),
+        ({"columns": [{"name": "a"}, {"name": "b", "settings": ["guidence_scale=3"]}]}, "guidence_scale.*Did you mean"),
+        ({"columns": [{"name": "a"}, {"name": "b", "settings": ["video.num_frames=5"]}]}, "'b' makes clips.*one size"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_filmed(judged, changes: dict, told: str) -> None:

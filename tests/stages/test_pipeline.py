@@ -349,6 +349,12 @@ def test_a_finished_pipeline_is_judged_again_in_other_ways_and_nothing_else_is_d
     assert run(recipe, "--skip", "judge") == 0
 
 
+def test_prompts_of_the_report_are_looked_for_before_anything_is_trained(recipe_in, tmp_path, capsys):
+    judge = {"prompts": str(tmp_path / "gone.txt"), "voters": ["planted_scorers:Bright"]}
+    assert run(recipe_in(tmp_path, judge=judge)) == 2
+    assert "gone.txt" in capsys.readouterr().err and not (tmp_path / "run/cache").exists()
+
+
 @pytest.mark.parametrize("without", ["sft", "rlhf"])
 def test_longer_needs_what_it_is_longer_than(recipe_in, tmp_path, without, capsys):
     gone = {without: None, **({"cache": None} if without == "sft" else {})}
