@@ -183,10 +183,11 @@ class Studio:
 
 
 def how_sampled(config: JudgeConfig, column: ColumnConfig) -> GenerateConfig:
-    """The folder's defaults with the recipe's and the column's settings laid over them."""
+    """The folder's defaults with the column's settings and the recipe's size laid over them."""
     device = distributed.pick_device(config.device).type
     settings = (f"device={device}", f"batch_size={config.batch_size}", *column.settings)
-    return resolve(load_generation_defaults(column.model), settings)
+    video = config.video or load_generation_defaults(config.columns[0].model).video
+    return dataclasses.replace(resolve(load_generation_defaults(column.model), settings), video=video)
 
 
 def _weights(column: ColumnConfig) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from reelforge.engine.core.config import nearest, require_positive
 from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.rewards.scoring import ScoringConfig
 
 Asked = Literal["prompts", "requests", "rewritten"]
@@ -60,6 +61,7 @@ class JudgeConfig:
         requests: prompts in users' words, for columns that are asked for them.
         rewriter: its folder, for ``rewritten`` columns.
         columns: in order; the first is what changes are told against, and whose noise makes the dead zone.
+        video: size of all clips; None is that of the first column's model.
         samples: clips a prompt.
         batch_size: clips a forward.
         seed: names noise and every bootstrap.
@@ -74,6 +76,7 @@ class JudgeConfig:
     requests: Path | None = None
     rewriter: Path | None = None
     columns: tuple[ColumnConfig, ...] = ()
+    video: VideoSpec | None = None
     samples: int = 2
     batch_size: int = 1
     seed: int = 0
@@ -107,6 +110,8 @@ class JudgeConfig:
                     f"{what} asked for {column.asked}, {other!r} for {before[other].asked}.",
                     "Only clips of the same words can be compared.",
                 )
+        if any(setting.startswith("video") for setting in column.settings):
+            raise ConfigError(f"{what} of a size of its own.", "Set video for all columns, in a table [video].")
         if column.asked != "prompts" and self.requests is None:
             raise ConfigError(f"{what} asked for {column.asked}.", "Set requests to a text file, a request a line.")
         if column.asked == "rewritten" and self.rewriter is None:

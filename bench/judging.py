@@ -17,7 +17,6 @@ from reelforge.engine.core import distributed, hardware
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.progress import say
-from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.enhance.rewriter import Enhanced, RewriterConfig, load_rewriter
 from reelforge.engine.io.video import read_video
 from reelforge.engine.judge.gsb import Panel, Verifier, compare, fix_panel
@@ -46,7 +45,8 @@ def run(config: JudgeConfig) -> Path:
     """
     if not config.columns:
         raise ConfigError("There is no column.", "Add [[columns]] with a name and a model.")
-    words, video = read_words(config), _video(config)
+    words = read_words(config)
+    video = [how_sampled(config, column) for column in config.columns][0].video  # of all; a wrong setting is found now
     rewards, voters = build_scorers(config.rewards, video), build_scorers(config.voters, video)
     verifiers = [Verifier(axis, "higher", target=True) for scorer in rewards for axis in scorer.axes]
     verifiers += [Verifier(axis, "higher", target=False) for scorer in voters for axis in scorer.axes]
@@ -73,19 +73,6 @@ def read_words(config: JudgeConfig) -> dict[str, tuple[str, ...]]:
     """
     words = {"prompts": _lines(config.prompts)}
     return {**words, "requests": _lines(config.requests)} if config.requests else words
-
-
-def _video(config: JudgeConfig) -> VideoSpec:
-    """The size that all columns' clips have, or else they could not be compared."""
-    sizes = {column.name: how_sampled(config, column).video for column in config.columns}
-    first = next(iter(sizes))
-    for name, video in sizes.items():
-        if video != sizes[first]:
-            raise ConfigError(
-                f"Column {name!r} makes clips of {video}, {first!r} of {sizes[first]}.",
-                "Give them one size by their settings.",
-            )
-    return sizes[first]
 
 
 def _lines(path: Path) -> tuple[str, ...]:

@@ -158,6 +158,20 @@ def test_requests_are_scored_as_they_were_asked_and_share_their_noise(judged, tm
     }  # fmt: skip
 
 
+def test_all_columns_have_one_size(judged, model_folder: Path, tmp_path: Path) -> None:
+    """A model of longer clips (a student may be one) is asked for the first one's length, or all for the recipe's."""
+    longer = tmp_path / "longer"
+    shutil.copytree(model_folder, longer)
+    extras = json.loads((longer / "reelforge.json").read_text())
+    extras["video"]["num_frames"] = 17
+    (longer / "reelforge.json").write_text(json.dumps(extras))
+    columns = [{"name": "base"}, {"name": "longer", "model": str(longer)}]
+    for changes, frames in (({}, 9), ({"video": {**extras["video"], "num_frames": 5}}, 5)):
+        config = judged(columns=columns, samples=1, **changes)
+        judging.run(config)
+        assert {len(read_video(clip).frames) for clip in (config.output / "clips").rglob("*.mp4")} == {frames}
+
+
 def test_an_adapter_is_merged_and_its_run_is_told(judged, model_folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "rlhf"
     root.mkdir()
@@ -302,6 +316,10 @@ def test_clips_without_a_score_are_missing_and_made_again(judged) -> None:
             "'b' is asked for requests, 'a' for prompts.*same words",
         ),
         ({"voters": []}, "voters is empty"),
+        (
+            {"columns": [{"name": "a", "settings": ["video.num_frames=5"]}]},
+            "'a' is of a size of its own.*Set video for",
+        ),
         ({"samples": 0}, "samples is 0"),
         ({"columns": [{"name": "a", "asked": "reqests"}]}, "asked.*'reqests'.*Did you mean 'requests'"),
     ],
@@ -319,7 +337,6 @@ def test_a_recipe_that_cannot_be_compared_is_refused(judged, changes: dict, told
         ({"voters": [BRIGHT], "rewards": [BRIGHT]}, "axes are bright, bright.*each axis one scorer"),
         ({"voters": ["planted_scorers:Bryght"]}, "Bryght.*cannot be imported"),
         ({"columns": [{"name": "a"}, {"name": "b", "settings": ["guidence_scale=3"]}]}, "guidence_scale.*Did you mean"),
-        ({"columns": [{"name": "a"}, {"name": "b", "settings": ["video.num_frames=5"]}]}, "'b' makes clips.*one size"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_filmed(judged, changes: dict, told: str) -> None:
