@@ -18,8 +18,7 @@ from reelforge.engine.judge.report import write_report
 from reelforge.engine.judge.results import Results, Score, StageResult
 from reelforge.engine.judge.sheets import Row, Sheet, contact_sheet, webp
 
-SHOWN = 10  # rows of a sheet
-_FAILURES = 6
+_SHOWN, _FAILURES = 10, 6  # rows of a sheet
 _HEALTH = {
     "cosine of successive gradients": "gradient_cosine",
     "distance to the model before": "kl_reference",
@@ -104,9 +103,9 @@ def stage_results(
     return tuple(rows)
 
 
-def spread(clips: int, samples: int, rows: int = SHOWN) -> list[int]:
-    """The first clip of up to ``rows`` prompts, evenly over all."""
-    return list(dict.fromkeys((np.linspace(0, clips - 1, rows).astype(int) // samples * samples).tolist()))
+def spread(clips: int, samples: int) -> list[int]:
+    """The first clip of each prompt that a sheet shows, evenly over all."""
+    return list(dict.fromkeys((np.linspace(0, clips - 1, _SHOWN).astype(int) // samples * samples).tolist()))
 
 
 def failures(

@@ -54,8 +54,8 @@ def run(config: JudgeConfig) -> Path:
     rewritten = _rewritten(config, words.get("requests", ()))
     given = {**words, "rewritten": [made.prompt for made in rewritten]}
 
-    def film(column: ColumnConfig, take: int = 0) -> Film:
-        return studio.film(column, words[column.judged_by], given[column.asked], take)
+    def film(column: ColumnConfig, draw: int = 0) -> Film:
+        return studio.film(column, words[column.judged_by], given[column.asked], draw)
 
     films = {column.name: film(column) for column in config.columns}
     again = film(config.columns[0], 1)
