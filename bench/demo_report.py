@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reelforge.bench import columns
-from reelforge.bench.columns import Column, Training
 from reelforge.bench.evaluation import REWARDS, VOTERS, Evaluation, EvaluationConfig, chunk_seconds, recovery
 from reelforge.bench.exam import Exam
+from reelforge.bench.judge import columns
+from reelforge.bench.judge.columns import Column, Training
+from reelforge.bench.judge.gsb import Panel, compare, fix_panel
+from reelforge.bench.judge.results import Calibration, Results
+from reelforge.bench.judge.sheets import Row, Sheet
 from reelforge.bench.rewrites import Rewrite, held_out_requests, kept
 from reelforge.bench.toy import calibration
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import hardware, rng
 from reelforge.engine.core.progress import say
-from reelforge.engine.judge.gsb import Panel, compare, fix_panel
-from reelforge.engine.judge.results import Calibration, Results
-from reelforge.engine.judge.sheets import Row, Sheet
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 

@@ -17,6 +17,9 @@ import numpy as np
 from reelforge.bench.drive import Drive, placed
 from reelforge.bench.evaluation import REWARDS, VOTERS, EvaluationConfig, Measured
 from reelforge.bench.exam import Exam
+from reelforge.bench.judge.bootstrap import Interval, paired_interval
+from reelforge.bench.judge.gsb import Gsb, compare, fix_panel
+from reelforge.bench.judge.results import Score
 from reelforge.bench.markdown import table as markdown_table
 from reelforge.bench.rewrites import (
     TEMPLATES,
@@ -35,9 +38,6 @@ from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import replace_file
 from reelforge.engine.core.metrics import training_time
 from reelforge.engine.core.progress import say
-from reelforge.engine.judge.bootstrap import Interval, paired_interval
-from reelforge.engine.judge.gsb import Gsb, compare, fix_panel
-from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
 
 # Acceptance, for every seed. Fixed before the reported run; a failed check is reported, not moved.

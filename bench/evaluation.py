@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reelforge.bench.judge.bootstrap import Interval, ratio_interval
+from reelforge.bench.judge.gsb import Verifier
+from reelforge.bench.judge.results import Score, score_clips, score_set
 from reelforge.bench.toy.held_out import Basis, HeldOut, frechet
 from reelforge.bench.toy.render import render
 from reelforge.bench.toy.verifiers import ToyVerifier
@@ -16,9 +19,6 @@ from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.progress import track
 from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.judge.bootstrap import Interval, ratio_interval
-from reelforge.engine.judge.gsb import Verifier
-from reelforge.engine.judge.results import Score, score_clips, score_set
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import Generator, Job, decode_uint8, resolve
 

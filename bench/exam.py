@@ -12,9 +12,9 @@ from reelforge.bench.evaluation import (
     held_out_prompts,
     truth_clips,
 )
+from reelforge.bench.judge.results import Score
 from reelforge.bench.toy import calibration
 from reelforge.engine.core import rng
-from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.generator import through_codec
 

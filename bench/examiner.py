@@ -24,12 +24,12 @@ from reelforge.bench.evaluation import (
     recovery,
 )
 from reelforge.bench.exam import Exam
+from reelforge.bench.judge.bootstrap import Interval
+from reelforge.bench.judge.gsb import Gsb, compare, fix_panel
+from reelforge.bench.judge.results import Score
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.files import make_folder, replace_file
-from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.gsb import Gsb, compare, fix_panel
-from reelforge.engine.judge.results import Score
 from reelforge.engine.model.folder import ModelFolder
 from reelforge.engine.model.weights import load_transformer
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from reelforge.bench.evaluation import ACCURACIES, REWARDS
 from reelforge.bench.examiner import UNGUIDED, Verdict
-from reelforge.engine.judge.results import Score
+from reelforge.bench.judge.results import Score
 
 # Acceptance. Fixed before the reported run; a failed check is reported, not moved.
 MIN_NET_GSB = 0.5  # by held-out voters

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reelforge.bench.judge import results
+from reelforge.bench.judge.gsb import Gsb
+from reelforge.bench.judge.results import Results, Score, StageResult
 from reelforge.bench.markdown import table
 from reelforge.engine.core import hardware
 from reelforge.engine.core.errors import TrainingError
 from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.progress import say
-from reelforge.engine.judge import results
-from reelforge.engine.judge.gsb import Gsb
-from reelforge.engine.judge.results import Results, Score, StageResult
 
 SEEDS = (0, 1, 2)
 SAMPLES = 6  # clips a prompt: 432 pairs a comparison, where the demo's own report has fewer

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reelforge.bench.columns import Training
 from reelforge.bench.demo_report import Entrant, judge_and_report
 from reelforge.bench.evaluation import EvaluationConfig
+from reelforge.bench.judge.columns import Training
 from reelforge.bench.rewrites import trained
 from reelforge.bench.toy import render
 from reelforge.bench.toy.requests import pair, request

@@ -3,8 +3,8 @@
 import argparse
 import json
 
-from reelforge.bench import judging
-from reelforge.bench.judge_config import JudgeConfig
+from reelforge.bench.judge import judging
+from reelforge.bench.judge.config import JudgeConfig
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.stages.console import emit

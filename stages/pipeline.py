@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reelforge.bench import judging
-from reelforge.bench.judge_config import ColumnConfig, JudgeConfig
+from reelforge.bench.judge import judging
+from reelforge.bench.judge.config import ColumnConfig, JudgeConfig
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError, ReelforgeError

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from reelforge.bench.judge.sheets import Row, Sheet, contact_sheet, webp
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import DataError, StorageError, TrainingError
 from reelforge.engine.core.files import replace_file
@@ -16,7 +17,6 @@ from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
 from reelforge.engine.io import checkpoint
 from reelforge.engine.io.video import read_video, write_video
-from reelforge.engine.judge.sheets import Row, Sheet, contact_sheet, webp
 from reelforge.engine.rl.monitor import Keep, Monitor, fallen, summary
 from reelforge.engine.train.state import TrainState
 

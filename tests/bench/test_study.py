@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from reelforge.bench import study
+from reelforge.bench.judge import results
+from reelforge.bench.judge.bootstrap import Interval
+from reelforge.bench.judge.gsb import Gsb
+from reelforge.bench.judge.results import Results, Score, StageResult
 from reelforge.engine.core import hardware
 from reelforge.engine.core.errors import TrainingError
-from reelforge.engine.judge import results
-from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.gsb import Gsb
-from reelforge.engine.judge.results import Results, Score, StageResult
 
 
 def vote(reference: str, low: float) -> Gsb:

@@ -11,10 +11,10 @@ import pytest
 from diffusers import WanTransformer3DModel
 
 from reelforge.bench.evaluation import held_out_prompts
+from reelforge.bench.judge import results
 from reelforge.bench.toy.world import captions, scenes
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.io.video import read_video
-from reelforge.engine.judge import results
 from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages.cli import main
 from reelforge.stages.demo import load_config

@@ -12,11 +12,11 @@ from reelforge.bench import distill_study
 from reelforge.bench.distill_study import Arm, Outcome, arms, checks, markdown
 from reelforge.bench.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.bench.examiner import Verdict
+from reelforge.bench.judge.bootstrap import Interval
+from reelforge.bench.judge.gsb import Gsb
+from reelforge.bench.judge.results import Score
 from reelforge.engine.core import config as configuration
 from reelforge.engine.distill.trainer import RolloutConfig
-from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.gsb import Gsb
-from reelforge.engine.judge.results import Score
 from reelforge.stages.cli import main
 from reelforge.stages.distill_config import DistillConfig
 

@@ -21,13 +21,12 @@ from tiny_enhance import REQUESTS, make_language_model
 from tiny_rlhf import PROMPTS, config_of
 from two_processes import in_two_processes
 
-from reelforge.bench import filming, judging
-from reelforge.bench.judge_config import JudgeConfig
+from reelforge.bench.judge import filming, judging, results
+from reelforge.bench.judge.config import JudgeConfig
+from reelforge.bench.judge.results import Results, StageResult
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError, Interrupted, TrainingError
 from reelforge.engine.io.video import read_video
-from reelforge.engine.judge import results
-from reelforge.engine.judge.results import Results, StageResult
 from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.engine.model.generator import Generator, Job, decode_uint8, load_served, resolve
 from reelforge.stages import rlhf

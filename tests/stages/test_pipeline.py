@@ -20,10 +20,10 @@ from tiny_pipeline import LORA, MODELS, STAGES, VIDEO, recipe_table, run, write
 from tiny_rlhf import PROMPTS, weights
 from torch import Tensor
 
+from reelforge.bench.judge import results
 from reelforge.engine.core.errors import ConfigError
 from reelforge.engine.core.metrics import training_time
 from reelforge.engine.io.video import read_video
-from reelforge.engine.judge import results
 from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages import cli, distill, enhance, pipeline, rlhf, sft
 

@@ -21,6 +21,7 @@ from tiny_rlhf import PROMPTS
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from reelforge.bench.judge import results
 from reelforge.bench.toy.requests import pair, request
 from reelforge.bench.toy.world import scenes
 from reelforge.engine.core import config as configuration
@@ -28,7 +29,6 @@ from reelforge.engine.core import rng
 from reelforge.engine.core.metrics import read_jsonl
 from reelforge.engine.enhance.dialogue import SYSTEM
 from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
-from reelforge.engine.judge import results
 from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.stages import cache, demo
 from reelforge.stages.cli import main

@@ -12,13 +12,13 @@ from tiny_rlhf import PROMPTS, TOY_REWARDS, lines, recipe_table
 from reelforge.bench import rl_study
 from reelforge.bench.evaluation import ACCURACIES, FRECHET, MEASURES, REWARDS, VOTERS
 from reelforge.bench.examiner import Examiner, Verdict
+from reelforge.bench.judge.bootstrap import Interval
+from reelforge.bench.judge.gsb import Gsb
+from reelforge.bench.judge.results import Score
 from reelforge.bench.rl_study import PROOF, Study, ablation_arms, iterations_within, training_nfe
 from reelforge.bench.rl_study_report import Arm, Outcome, Training, acceptance, best_guided, markdown
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core.errors import ConfigError, TrainingError
-from reelforge.engine.judge.bootstrap import Interval
-from reelforge.engine.judge.gsb import Gsb
-from reelforge.engine.judge.results import Score
 from reelforge.engine.rl.recipe import RlhfConfig
 from reelforge.stages import cache, sft
 from reelforge.stages.bench import drive

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from reelforge.bench.judge import charts, report, sheets
+from reelforge.bench.judge.gsb import Verifier, compare, fix_panel
+from reelforge.bench.judge.results import Calibration, Results, StageResult, score_clips
 from reelforge.engine.core.errors import StorageError
-from reelforge.engine.judge import charts, report, sheets
-from reelforge.engine.judge.gsb import Verifier, compare, fix_panel
-from reelforge.engine.judge.results import Calibration, Results, StageResult, score_clips
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 PROMPT = "a <script>alert('x')</script> \"red\" circle & a square"

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reelforge.bench.judge import results as record
+from reelforge.bench.judge.bootstrap import Interval, mean_interval
+from reelforge.bench.judge.gsb import Gsb, Verifier
+from reelforge.bench.judge.results import Calibration, Results, Score, StageResult
 from reelforge.engine.core.errors import DataError, StorageError
-from reelforge.engine.judge import results as record
-from reelforge.engine.judge.bootstrap import Interval, mean_interval
-from reelforge.engine.judge.gsb import Gsb, Verifier
-from reelforge.engine.judge.results import Calibration, Results, Score, StageResult
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 10**6)

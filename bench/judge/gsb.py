@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from scipy.stats import binomtest
 
+from reelforge.bench.judge.bootstrap import RESAMPLES, Floats, Labels, mean_interval
 from reelforge.engine.core.errors import DataError
 from reelforge.engine.core.rng import generator
-from reelforge.engine.judge.bootstrap import RESAMPLES, Floats, Labels, mean_interval
 
 Scores = Mapping[str, Floats]  # verifier -> one value per clip, NaN where it is missing
 

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from reelforge.engine.core.errors import DataError
-from reelforge.engine.judge.bootstrap import (
+from reelforge.bench.judge.bootstrap import (
     mean_interval,
     paired_interval,
     ratio_interval,
     recentred_interval,
     resampled_clips,
 )
+from reelforge.engine.core.errors import DataError
 
 
 def test_equal_clusters_agree_with_scipy_on_cluster_means() -> None:

@@ -9,10 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from reelforge.engine.core.config import build
-from reelforge.engine.core.errors import ConfigError, DataError
-from reelforge.engine.core.files import replace_file
-from reelforge.engine.judge.bootstrap import (
+from reelforge.bench.judge.bootstrap import (
     Clips,
     Interval,
     Labels,
@@ -21,7 +18,10 @@ from reelforge.engine.judge.bootstrap import (
     recentred_interval,
     resampled_clips,
 )
-from reelforge.engine.judge.gsb import Gsb, Scores, Verifier
+from reelforge.bench.judge.gsb import Gsb, Scores, Verifier
+from reelforge.engine.core.config import build
+from reelforge.engine.core.errors import ConfigError, DataError
+from reelforge.engine.core.files import replace_file
 
 
 @dataclass(frozen=True)

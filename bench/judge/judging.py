@@ -8,10 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from reelforge.bench import columns
-from reelforge.bench.columns import Column, Training
-from reelforge.bench.filming import Film, Studio, how_sampled
-from reelforge.bench.judge_config import ColumnConfig, JudgeConfig
+from reelforge.bench.judge import columns
+from reelforge.bench.judge.columns import Column, Training
+from reelforge.bench.judge.config import ColumnConfig, JudgeConfig
+from reelforge.bench.judge.filming import Film, Studio, how_sampled
+from reelforge.bench.judge.gsb import Panel, Verifier, compare, fix_panel
+from reelforge.bench.judge.results import Results, score_clips
+from reelforge.bench.judge.sheets import Row, Sheet, thumbnail
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed, hardware
 from reelforge.engine.core.errors import ConfigError
@@ -19,9 +22,6 @@ from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.progress import say
 from reelforge.engine.enhance.rewriter import Enhanced, RewriterConfig, load_rewriter
 from reelforge.engine.io.video import read_video
-from reelforge.engine.judge.gsb import Panel, Verifier, compare, fix_panel
-from reelforge.engine.judge.results import Results, score_clips
-from reelforge.engine.judge.sheets import Row, Sheet, thumbnail
 from reelforge.engine.model.folder import load_text_encoder
 from reelforge.engine.rewards.registry import build_scorers
 from reelforge.engine.rl.prompts import read_prompts

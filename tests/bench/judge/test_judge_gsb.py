@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from reelforge.bench.judge.bootstrap import mean_interval
+from reelforge.bench.judge.gsb import Gsb, Panel, Verifier, compare, fix_panel, sign_flip_test
 from reelforge.engine.core.errors import DataError
-from reelforge.engine.judge.bootstrap import mean_interval
-from reelforge.engine.judge.gsb import Gsb, Panel, Verifier, compare, fix_panel, sign_flip_test
 
 SHARP, HAZE = Verifier("sharp", "higher", target=False), Verifier("haze", "lower", target=False)
 REWARD = Verifier("reward", "higher", target=True)

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from reelforge.bench.judge import results
+from reelforge.bench.judge.bootstrap import Floats, Labels
+from reelforge.bench.judge.charts import Curve, read_series
+from reelforge.bench.judge.gsb import Panel, Scores, compare
+from reelforge.bench.judge.report import write_report
+from reelforge.bench.judge.results import Results, Score, StageResult
+from reelforge.bench.judge.sheets import Row, Sheet, contact_sheet, webp
 from reelforge.engine.core.files import make_folder, replace_file
 from reelforge.engine.core.metrics import read_jsonl, training_time
-from reelforge.engine.judge import results
-from reelforge.engine.judge.bootstrap import Floats, Labels
-from reelforge.engine.judge.charts import Curve, read_series
-from reelforge.engine.judge.gsb import Panel, Scores, compare
-from reelforge.engine.judge.report import write_report
-from reelforge.engine.judge.results import Results, Score, StageResult
-from reelforge.engine.judge.sheets import Row, Sheet, contact_sheet, webp
 
 _SHOWN, _FAILURES = 10, 6  # rows of a sheet
 _HEALTH = {

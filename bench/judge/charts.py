@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from reelforge.bench.judge.bootstrap import Floats
 from reelforge.engine.core.metrics import read_jsonl
-from reelforge.engine.judge.bootstrap import Floats
 
 # Sentinels that become CSS variables of the page, so that one SVG is readable on light and on dark paper.
 _TEXT, _GRID = "#0a0b0c", "#0a0b0d"

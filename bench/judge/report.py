@@ -13,9 +13,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
+from reelforge.bench.judge import charts, sheets
+from reelforge.bench.judge.results import Results, Score
 from reelforge.engine.core.files import replace_file
-from reelforge.engine.judge import charts, sheets
-from reelforge.engine.judge.results import Results, Score
 
 _MOTION_BUDGET_BYTES = 2_000_000  # rows beyond it are shown as strips alone: a report stays under 5 MB
 

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from reelforge.bench.judge_config import SECOND, ColumnConfig, JudgeConfig
+from reelforge.bench.judge.bootstrap import Labels
+from reelforge.bench.judge.config import SECOND, ColumnConfig, JudgeConfig
+from reelforge.bench.judge.gsb import Scores
 from reelforge.engine.core import config as configuration
 from reelforge.engine.core import distributed
 from reelforge.engine.core.errors import Interrupted, TrainingError
@@ -26,8 +28,6 @@ from reelforge.engine.core.interrupt import StopRequest, stop_on_signals
 from reelforge.engine.core.progress import track
 from reelforge.engine.io.model_files import fingerprint_folders
 from reelforge.engine.io.video import write_video
-from reelforge.engine.judge.bootstrap import Labels
-from reelforge.engine.judge.gsb import Scores
 from reelforge.engine.model.folder import load_generation_defaults
 from reelforge.engine.model.generator import GenerateConfig, Generator, Job, decode_uint8, load_served, resolve
 from reelforge.engine.rewards.contract import Scorer
