@@ -147,7 +147,8 @@ def markdown(
         f"Made by `make study` from its records, on {first.hardware.get('cpu', 'a CPU')}, torch "
         f"{first.versions.get('torch')}: {sum(record['seconds'].values()) / 60:.0f} minutes. {first.prompts} held-out "
         f"prompts, {first.clips} clips a column; 95 % intervals over prompts. Recipes, prompts, verifiers and bars are "
-        f"those of commit {record['commit']}. {passed} of {len(judged)} checks pass.",
+        f"those of commit {record['commit']}. {passed} of {len(judged)} checks pass. [study.md](study.md) says how "
+        "to read it, what failed and what was tried.",
         "## Acceptance",
         table(["what", "criterion", "found", ""], rows),
         *(f"## The pipeline, seed {result.seed}\n\n{columns(result)}" for result in found),
