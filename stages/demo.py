@@ -6,36 +6,25 @@ that post-trains Wan2.1. Every phase leaves its result in the folder, so an inte
 
 import argparse
 import dataclasses
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from reelforge.bench.demo_report import Entrant, judge_and_report
 from reelforge.bench.evaluation import EvaluationConfig
 from reelforge.bench.judge.columns import Training
 from reelforge.bench.rewrites import trained
-from reelforge.bench.toy import render
-from reelforge.bench.toy.requests import pair, request
-from reelforge.bench.toy.world import captions, scenes
+from reelforge.bench.toy import make
+from reelforge.bench.toy.make import SamplingDefaults, WorldConfig
 from reelforge.engine.core import config as configuration
-from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
-from reelforge.engine.core.files import replace_file, staged_folder
 from reelforge.engine.core.progress import say
 from reelforge.engine.core.run_dir import RunDir
-from reelforge.engine.core.types import VideoSpec
-from reelforge.engine.data.clips import load_clip
 from reelforge.engine.data.filters import FilterConfig
-from reelforge.engine.enhance.language_model import LanguageModel, TinyLanguageModelConfig
-from reelforge.engine.flow.schedule import FlowSchedule
-from reelforge.engine.model import codec_fit
+from reelforge.engine.enhance.language_model import TinyLanguageModelConfig
 from reelforge.engine.model.codec import CodecConfig
-from reelforge.engine.model.folder import GenerationDefaults, ModelFolder, derive_model_folder
-from reelforge.engine.model.text import SeededTextConfig, SeededTextEncoder
-from reelforge.engine.model.wan import WanTransformer
+from reelforge.engine.model.folder import derive_model_folder
+from reelforge.engine.model.text import SeededTextConfig
 from reelforge.engine.model.wan_config import WanConfig
 from reelforge.engine.model.weights import load_transformer
 from reelforge.engine.rl.recipe import RlhfConfig
@@ -51,32 +40,6 @@ from reelforge.stages.sft import SftConfig, ValidationConfig
 
 _PHASES = 10
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """The toy world's files.
-
-    Attributes:
-        base_clips: broad and flawed clips.
-        curated_clips: rightly described ones, before filtering.
-        codec_clips: clips of the base set that the codec is fitted to.
-        video: what every clip is brought to.
-    """
-
-    base_clips: int
-    curated_clips: int
-    codec_clips: int
-    video: VideoSpec = render.TOY_SPEC
-
-
-@dataclass(frozen=True)
-class SamplingDefaults:
-    """How the miniature is sampled, as in a model folder."""
-
-    num_steps: int
-    guidance_scale: float
-    schedule: FlowSchedule
 
 
 @dataclass(frozen=True)
@@ -136,14 +99,20 @@ class Demo:
     def run(self) -> Path:
         """Everything, in order; returns the report's path."""
         self._announce("rendering clips to mp4 files, writing requests")
-        self._render()
+        config, root = self.config, self.root
+        make.render_clips(self.videos, config.world, config.seed)
+        make.write_requests(root, config.seed, config.pairs)
         self._announce("fitting the codec, fresh models of video and language")
-        self._make_models()
+        make.make_language_model(root / "language_model", config.language_model, root / "pairs.jsonl", config.seed)
+        make.make_model(
+            self.model, self.videos / "base", config.world, config.transformer, config.codec, config.text,
+            config.sampling, config.seed,
+        )  # fmt: skip
         self._announce("decoding, filtering and encoding the clips")
         self._cache("base", FilterConfig())
-        self._cache("curated", self.config.filters)
+        self._cache("curated", config.filters)
         self._announce("base: pretraining on the flawed set")
-        base = self._train("base", self.config.base, self.model, "base")
+        base = self._train("base", config.base, self.model, "base")
         pipeline = Pipeline(self._pipeline(base), self._announce)
         pipeline.run()
         self._announce("sampling held-out prompts and requests, scoring, reporting")
@@ -188,57 +157,6 @@ class Demo:
     def _announce(self, what: str) -> None:
         self._phase += 1
         say(f"[{self._phase}/{_PHASES}] {what} ({time.monotonic() - self._start:.0f} s so far)")
-
-    def _render(self) -> None:
-        world, seed = self.config.world, self.config.seed
-        sets = {"base": (world.base_clips, render.WEB), "curated": (world.curated_clips, render.CAPTIONED)}
-        for number, (name, (count, rates)) in enumerate(sets.items()):
-            folder = self.videos / name
-            if len(list(folder.glob("*.txt"))) < count:
-                folder.mkdir(parents=True, exist_ok=True)
-                set_seed = rng.key("demo_set", seed, number)
-                render.write_flawed(folder, count, set_seed, "train", rates, world.video)
-        self._write_requests()
-
-    def _write_requests(self) -> None:
-        """One caption of every training scene for RLHF, requests and pairs for the rewriter."""
-        known = scenes("train")
-        pairs = rng.generator("demo_pairs", self.config.seed)
-        asked = rng.generator("demo_requests", self.config.seed)
-        lines = {
-            "rl_prompts.txt": [captions(scene)[3 + index % 4] for index, scene in enumerate(known)],
-            "requests.txt": [request(scene, "train", asked) for scene in known],
-            "pairs.jsonl": [json.dumps(pair(scene, pairs)) for scene in known for _ in range(self.config.pairs)],
-        }
-        for name, texts in lines.items():
-            if not (self.root / name).exists():
-                replace_file(self.root / name, "\n".join(texts) + "\n")
-
-    def _make_models(self) -> None:
-        language = self.root / "language_model"
-        if not language.exists():
-            texts = (self.root / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
-            words = [text for line in texts for text in json.loads(line).values()]
-            with staged_folder(language) as staging:
-                LanguageModel.create(self.config.language_model, words, self.config.seed, staging)
-        if self.model.exists():
-            return
-        config = self.config
-        paths = sorted((self.videos / "base").glob("*.mp4"))[: config.world.codec_clips]
-        clips = np.stack([load_clip(path, config.world.video)[0] for path in paths])
-        defaults = GenerationDefaults(
-            video=config.world.video,
-            schedule=config.sampling.schedule,
-            num_steps=config.sampling.num_steps,
-            guidance_scale=config.sampling.guidance_scale,
-            negative_prompt="",
-        )
-        ModelFolder(
-            WanTransformer.from_config(config.transformer.to_dict(), config.seed),
-            codec_fit.fit(config.codec, clips, config.seed),
-            SeededTextEncoder(config.text),
-            defaults,
-        ).save(self.model)
 
     def _cache(self, name: str, filters: FilterConfig) -> None:
         cache.run(

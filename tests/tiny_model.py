@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reelforge.bench.toy import render
+from reelforge.bench.toy import codec_fit, render
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.flow.schedule import FlowSchedule
-from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
 from reelforge.engine.model.folder import GenerationDefaults, ModelFolder
 from reelforge.engine.model.text import SeededTextConfig, SeededTextEncoder

@@ -70,7 +70,7 @@ def pad_causal(latents: Tensor) -> Tensor:
 
 
 class ReelforgeCodec(nn.Module):
-    """A :class:`~reelforge.engine.core.types.VideoCodec`; :func:`~reelforge.engine.model.codec_fit.fit` makes one.
+    """A :class:`~reelforge.engine.core.types.VideoCodec`; :func:`~reelforge.bench.toy.codec_fit.fit` makes one.
 
     latents = (basis block - latents_mean) / latents_std, where the rows of ``basis`` are orthonormal.
     """

@@ -7,12 +7,12 @@ from torch import Tensor
 
 pytest.importorskip("av")
 
+from reelforge.bench.toy.codec_fit import fit
 from reelforge.bench.toy.render import CLEAN, WEB, FlawRates, make_clip
 from reelforge.bench.toy.world import Split
 from reelforge.engine.core.errors import CheckpointError, ConfigError, DataError
 from reelforge.engine.core.types import VideoSpec
 from reelforge.engine.model.codec import WEIGHTS, CodecConfig, ReelforgeCodec, pad_causal
-from reelforge.engine.model.codec_fit import fit
 
 DEFAULT = CodecConfig()
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reelforge.bench.toy import calibration
+from reelforge.bench.toy import calibration, codec_fit
 from reelforge.bench.toy.calibration import DAMAGES
 from reelforge.bench.toy.render import CLEAN, TOY_SPEC, make_clip
 from reelforge.bench.toy.scorer import ToyHeldOut
 from reelforge.bench.toy.world import captions
-from reelforge.engine.model import codec_fit
 from reelforge.engine.model.codec import CodecConfig
 from reelforge.engine.model.generator import decode_uint8
 from reelforge.engine.rewards.scoring import Scoring, ScoringConfig
