@@ -110,7 +110,12 @@ def _forward_kernel(
     tl.store(lse_ptr + query, (maximum + tl.log2(total)) * 0.6931471805599453, start + query < queries)
 
 
-@kernel_op("attention_forward")
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@kernel_op("attention_forward", fake=lambda q, *_: _results(q))
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention's output ``[B, Lq, N, D]`` and log-sum-exp ``[B, N, Lq]`` in fp32, which merges of split keys need."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
@@ -118,7 +123,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             raise KernelError(f"attention: {name} has strides {tensor.stride()}.", "Its D must be contiguous.")
     batch, queries, heads, head_dim = q.shape
     block = tile(head_dim, q.dtype)
-    out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)
+    out, lse = _results(q)
     _forward_kernel[(triton.cdiv(queries, block.queries), heads, batch)](
         q, k, v, out, lse, math.log2(math.e) / math.sqrt(head_dim), queries, k.shape[1],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
@@ -126,9 +131,3 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         BLOCK_N=block.keys, TAIL=k.shape[1] % block.keys > 0, num_warps=block.warps, num_stages=block.stages,
     )  # fmt: skip
     return out, lse
-
-
-@forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, queries, dtype=torch.float32)

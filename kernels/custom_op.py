@@ -9,13 +9,16 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 
-def kernel_op(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def kernel_op(
+    name: str, fake: Callable[..., Any], mutates: Iterable[str] = ()
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a launcher as ``reelforge::name``.
 
     Triton launches on the current device, which need not be the operands': the launcher runs under theirs.
 
     Args:
         name: of the operator.
+        fake: makes empty results of the same operands, for tensors that have shapes alone.
         mutates: operands that it writes.
     """
 
@@ -25,7 +28,9 @@ def kernel_op(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[...,
             with torch.cuda.device_of(next(tensor for tensor in map(_tensor, operands) if tensor is not None)):
                 return launcher(*operands)
 
-        return torch.library.custom_op(f"reelforge::{name}", on_its_device, mutates_args=tuple(mutates))
+        made = torch.library.custom_op(f"reelforge::{name}", on_its_device, mutates_args=tuple(mutates))
+        made.register_fake(fake)
+        return made
 
     return register
 

@@ -77,7 +77,7 @@ def _kernel(shadow_ptr, live_ptr, weight_ptr, count, BLOCK: tl.constexpr):
     tl.store(shadow_ptr + start + at, shadow + weight * (live - shadow), inside & (weight != 0))
 
 
-@kernel_op("ema_lerp", mutates=("shadows",))
+@kernel_op("ema_lerp", mutates=("shadows",), fake=lambda *_: None)
 def _op(shadows: Sequence[Tensor], lives: Sequence[Tensor], weight: Tensor) -> None:
     """A launch for each tensor: of the 1.3B model's 825, the 304 largest hold 99.9 % of the bytes.
 
@@ -104,11 +104,6 @@ def _check(shadow: Tensor, live: Tensor) -> None:
     if not (shadow.is_contiguous() and live.is_contiguous()):
         strides = f"strides {shadow.stride()} and live {live.stride()}"
         raise KernelError(f"ema_lerp: shadow has {strides}.", "Its kernel takes contiguous tensors.")
-
-
-@_op.register_fake
-def _(shadows: Sequence[Tensor], lives: Sequence[Tensor], weight: Tensor) -> None:
-    return None
 
 
 dispatch.register("ema_lerp", "triton", dispatch.needs_triton(torch.float32), sys.modules[__name__])

@@ -190,10 +190,20 @@ def _strides(pixels: Tensor) -> tuple[int, int, int]:
     return pixels.stride(0), pixels.stride(1), pixels.stride(2)
 
 
-@kernel_op("frames_uint8")
-def _uint8_op(pixels: Tensor) -> Tensor:
+def _rgb(pixels: Tensor) -> Tensor:
     batch, colours, frames, height, width = pixels.shape
-    out = pixels.new_empty(batch, frames, height, width, colours, dtype=torch.uint8)
+    return pixels.new_empty(batch, frames, height, width, colours, dtype=torch.uint8)
+
+
+def _nv12(pixels: Tensor) -> Tensor:
+    batch, _, frames, height, width = pixels.shape
+    return pixels.new_empty(batch, frames, height // 2 * 3, width, dtype=torch.uint8)
+
+
+@kernel_op("frames_uint8", fake=_rgb)
+def _uint8_op(pixels: Tensor) -> Tensor:
+    batch, _, frames, height, width = pixels.shape
+    out = _rgb(pixels)
     grid = (batch * frames * triton.cdiv(height * width, _PIXELS),)
     _uint8_kernel[grid](
         pixels, out, frames, height * width, *_strides(pixels),
@@ -202,28 +212,16 @@ def _uint8_op(pixels: Tensor) -> Tensor:
     return out
 
 
-@kernel_op("frames_nv12")
+@kernel_op("frames_nv12", fake=_nv12)
 def _nv12_op(pixels: Tensor) -> Tensor:
     batch, _, frames, height, width = pixels.shape
-    out = pixels.new_empty(batch, frames, height // 2 * 3, width, dtype=torch.uint8)
+    out = _nv12(pixels)
     grid = (batch * frames * triton.cdiv(height // 2, _PAIRS) * triton.cdiv(width, _COLUMNS),)
     _nv12_kernel[grid](
         pixels, out, frames, height, width, *_strides(pixels),
         PAIRS=_PAIRS, COLUMNS=_COLUMNS, num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
-
-
-@_uint8_op.register_fake
-def _(pixels: Tensor) -> Tensor:
-    batch, colours, frames, height, width = pixels.shape
-    return pixels.new_empty(batch, frames, height, width, colours, dtype=torch.uint8)
-
-
-@_nv12_op.register_fake
-def _(pixels: Tensor) -> Tensor:
-    batch, _, frames, height, width = pixels.shape
-    return pixels.new_empty(batch, frames, height // 2 * 3, width, dtype=torch.uint8)
 
 
 dispatch.register("frames", "triton", dispatch.needs_triton(*DTYPES), sys.modules[__name__])

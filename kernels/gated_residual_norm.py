@@ -84,7 +84,7 @@ def reference(
 
 
 @triton.jit
-def _add_row(x, y):
+def add_row(x, y):
     total = ()
     for i in tl.static_range(len(x)):
         total = total + (x[i] + y[i],)
@@ -117,7 +117,7 @@ def _forward_kernel(
         at = (start + token) * E
         x = wide_row(load_row(x_ptr + at, E, W))
         y = wide_row(load_row(y_ptr + at, E, W))
-        residual = modulate_row(y, gate, x) if GATED else _add_row(x, y)
+        residual = modulate_row(y, gate, x) if GATED else add_row(x, y)
         store_row(residual_ptr + at, residual, E, W)
         if ROUND:
             residual = wide_row(cast_row(residual, residual_ptr.dtype.element_ty))
@@ -145,9 +145,9 @@ def _backward_kernel(
         y = wide_row(load_row(y_ptr + at, E, W))
         dresidual = wide_row(load_row(dresidual_ptr + at, E, W))
         dh = wide_row(load_row(dh_ptr + at, E, W))
-        residual = modulate_row(y, gate, x) if GATED else _add_row(x, y)
+        residual = modulate_row(y, gate, x) if GATED else add_row(x, y)
         through_norm, dgain, dshift = norm_modulate_row_backward(residual, gain, dh, dgain, dshift, eps, E, W)
-        g = _add_row(dresidual, through_norm)
+        g = add_row(dresidual, through_norm)
         store_row(dx_ptr + at, g, E, W)
         if GATED:
             dy, dgate = _gate_row_backward(g, y, gate, dgate)
@@ -159,11 +159,11 @@ def _backward_kernel(
         store_row(gate_sums_ptr + at, dgate, E, W)
 
 
-def _gate_strides(gate: Tensor | None, like: Tensor) -> tuple[int, int]:
+def gate_strides(gate: Tensor | None, like: Tensor) -> tuple[int, int]:
     return (0, 0) if gate is None else row_strides("gated_residual_norm", "gate", gate, like)
 
 
-def _rows(gate: Tensor | None, gain: Tensor) -> tuple[int, int, int]:
+def rows_of(gate: Tensor | None, gain: Tensor) -> tuple[int, int, int]:
     """Rows that the programs walk, and how many of them share a row of the gate and of the gain."""
     norm_rows = gain.shape[1]
     gate_rows = norm_rows if gate is None else gate.shape[1]
@@ -171,14 +171,14 @@ def _rows(gate: Tensor | None, gain: Tensor) -> tuple[int, int, int]:
     return rows, rows // gate_rows, rows // norm_rows
 
 
-@kernel_op("gated_residual_norm")
+@kernel_op("gated_residual_norm", fake=lambda x, *_: (torch.empty_like(x), torch.empty_like(x)))
 def _op(
     x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, shift: Tensor, eps: float, round_residual: bool
 ) -> tuple[Tensor, Tensor]:
     check_tokens("gated_residual_norm", "x", x, x)
     check_tokens("gated_residual_norm", "y", y, x)
-    strides = *_gate_strides(gate, x), *norm_strides("gated_residual_norm", gain, shift, x)
-    rows, gate_share, gain_share = _rows(gate, gain)
+    strides = *gate_strides(gate, x), *norm_strides("gated_residual_norm", gain, shift, x)
+    rows, gate_share, gain_share = rows_of(gate, gain)
     walk = plan("gated_residual_norm", x, rows)
     residual, out = torch.empty_like(x), torch.empty_like(x)
     _forward_kernel[rows, walk.parts, x.shape[0]](
@@ -188,7 +188,14 @@ def _op(
     return residual, out
 
 
-@kernel_op("gated_residual_norm_backward")
+def _gradients(x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    norm = x.new_empty(2, x.shape[0], *gain.shape[1:], dtype=torch.float32)
+    if gate is None:
+        return torch.empty_like(x), x.new_empty(0), x.new_empty(0), norm
+    return torch.empty_like(x), torch.empty_like(y), norm.new_empty(x.shape[0], *gate.shape[1:]), norm
+
+
+@kernel_op("gated_residual_norm_backward", fake=_gradients)
 def _backward_op(
     x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, dresidual: Tensor, dh: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,8 +203,8 @@ def _backward_op(
     check_tokens("gated_residual_norm", "the gradient at x'", dresidual, x)
     check_tokens("gated_residual_norm", "the gradient at h", dh, x)
     batch, _, width = x.shape
-    strides = *_gate_strides(gate, x), *row_strides("gated_residual_norm", "gain", gain, x)
-    rows, gate_share, gain_share = _rows(gate, gain)
+    strides = *gate_strides(gate, x), *row_strides("gated_residual_norm", "gain", gain, x)
+    rows, gate_share, gain_share = rows_of(gate, gain)
     walk = plan("gated_residual_norm", x, rows, backward=True, columns=_BACKWARD_COLUMNS)
     dx, dy = torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(y)
     norm_sums = x.new_empty(2, batch, rows, walk.parts, width, dtype=torch.float32)
@@ -209,23 +216,6 @@ def _backward_op(
     )  # fmt: skip
     norm = sum_terms(norm_sums.view(2, batch, gain.shape[1], -1, width))
     return dx, dy, x.new_empty(0) if gate is None else sum_terms(gate_sums.view(batch, gate.shape[1], -1, width)), norm
-
-
-@_op.register_fake
-def _(
-    x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, shift: Tensor, eps: float, round_residual: bool
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-@_backward_op.register_fake
-def _(
-    x: Tensor, y: Tensor, gate: Tensor | None, gain: Tensor, dresidual: Tensor, dh: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    norm = x.new_empty(2, x.shape[0], *gain.shape[1:], dtype=torch.float32)
-    if gate is None:
-        return torch.empty_like(x), x.new_empty(0), x.new_empty(0), norm
-    return torch.empty_like(x), torch.empty_like(y), norm.new_empty(x.shape[0], *gate.shape[1:]), norm
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

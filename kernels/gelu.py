@@ -62,7 +62,7 @@ def reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     """s and s (1 - s)."""
     e = tl.exp2(-tl.abs(z) * (_SLOPE * _LOG2_E + (_SLOPE * _LOG2_E * _CUBIC) * (z * z)))
     r = 1.0 / (1.0 + e)
@@ -87,7 +87,7 @@ def _forward_kernel(x_ptr, bias_ptr, out_ptr, rows, columns, ROWS: tl.constexpr,
     if bias_ptr is not None:
         along = tl.arange(0, BLOCK)
         z += tl.load(bias_ptr + column + along, along < columns - column, 0.0).to(tl.float32)[None, :]
-    s, _ = _sigmoid(z)
+    s, _ = sigmoid(z)
     tl.store(out_ptr + at, (z * s).to(out_ptr.dtype.element_ty), mask)
 
 
@@ -109,7 +109,7 @@ def _backward_kernel(
         dy = tl.load(dy_ptr + at, mask, 0.0).to(tl.float32)
         if bias_ptr is not None:
             z += bias
-        s, product = _sigmoid(z)
+        s, product = sigmoid(z)
         # Where s has reached 0 or 1, z^3 may be infinite.
         bend = tl.where(product > 0, z * (_SLOPE + (3.0 * _SLOPE * _CUBIC) * (z * z)) * product, 0.0)
         dz = dy * (s + bend)
@@ -138,7 +138,7 @@ def _rows(x: Tensor, bias: Tensor | None) -> tuple[int, int]:
     return x.numel() // max(1, len(bias)), len(bias)
 
 
-@kernel_op("gelu")
+@kernel_op("gelu", fake=lambda x, bias: torch.empty_like(x))
 def _op(x: Tensor, bias: Tensor | None) -> Tensor:
     rows, columns = _rows(x, bias)
     height, width = _FLAT if bias is None else _WITH_BIAS
@@ -148,7 +148,10 @@ def _op(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@kernel_op("gelu_backward")
+@kernel_op(
+    "gelu_backward",
+    fake=lambda x, bias, dy: (torch.empty_like(x), x.new_empty(0 if bias is None else len(bias), dtype=torch.float32)),
+)
 def _backward_op(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
     """dx, and dbias in fp32, which is empty without a bias."""
     rows, columns = _rows(x, bias)
@@ -160,16 +163,6 @@ def _backward_op(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Te
         x, bias, dy, dx, dbias, rows, columns, ROWS=height, BLOCK=width, STEPS=steps, num_warps=_WARPS
     )
     return dx, dbias.sum(0)
-
-
-@_op.register_fake
-def _(x: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_backward_op.register_fake
-def _(x: Tensor, bias: Tensor | None, dy: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(0 if bias is None else len(bias), dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -166,7 +166,7 @@ def _backward_kernel(
     store_row(at + plane, dshift, E, W)
 
 
-@kernel_op("norm_modulate")
+@kernel_op("norm_modulate", fake=lambda x, *_: torch.empty_like(x))
 def _op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
     check_tokens("norm_modulate", "x", x, x)
     strides = norm_strides("norm_modulate", gain, shift, x)
@@ -180,7 +180,10 @@ def _op(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
     return out
 
 
-@kernel_op("norm_modulate_backward")
+@kernel_op(
+    "norm_modulate_backward",
+    fake=lambda x, gain, *_: (torch.empty_like(x), x.new_empty(2, x.shape[0], *gain.shape[1:], dtype=torch.float32)),
+)
 def _backward_op(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """dx, and the sums dgain and dshift as fp32 ``[2, B, M, E]``."""
     check_tokens("norm_modulate", "its gradient", dh, x)
@@ -193,16 +196,6 @@ def _backward_op(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tenso
         *row_strides("norm_modulate", "gain", gain, x), E=width, W=walk.chunk, num_warps=walk.warps,
     )  # fmt: skip
     return dx, sum_terms(sums)
-
-
-@_op.register_fake
-def _(x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_backward_op.register_fake
-def _(x: Tensor, gain: Tensor, dh: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(2, x.shape[0], *gain.shape[1:], dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -203,17 +203,12 @@ def _kernel(keys_ptr, out_ptr, count, BLOCK: tl.constexpr):
     tl.store(out_ptr + row.to(tl.int64) * count + element, values, element < count)
 
 
-@kernel_op("philox_normal")
+@kernel_op("philox_normal", fake=lambda keys, count: keys.new_empty(len(keys), count, dtype=torch.float32))
 def _op(keys: Tensor, count: int) -> Tensor:
     out = keys.new_empty(len(keys), count, dtype=torch.float32)
     grid = (triton.cdiv(count, BLOCK), len(keys))
     _kernel[grid](keys, out, count, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=False)
     return out
-
-
-@_op.register_fake
-def _(keys: Tensor, count: int) -> Tensor:
-    return keys.new_empty(len(keys), count, dtype=torch.float32)
 
 
 dispatch.register("philox", "triton", dispatch.needs_triton(torch.float32), sys.modules[__name__])

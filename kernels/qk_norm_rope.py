@@ -147,7 +147,7 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-@kernel_op("qk_norm_rope")
+@kernel_op("qk_norm_rope", fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)))
 def _op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     num_heads: int, eps: float, round_norm: bool,
@@ -168,7 +168,10 @@ def _op(
     return q_out, k_out
 
 
-@kernel_op("qk_norm_rope_backward")
+@kernel_op(
+    "qk_norm_rope_backward",
+    fake=lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(2, q.shape[2], dtype=torch.float32)),
+)
 def _backward_op(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     dq_out: Tensor, dk_out: Tensor, num_heads: int, eps: float,
@@ -186,22 +189,6 @@ def _backward_op(
         E=width, D=width // num_heads, W=walk.chunk, num_warps=walk.warps,
     )  # fmt: skip
     return dq, dk, sum_terms(sums)
-
-
-@_op.register_fake
-def _(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    num_heads: int, eps: float, round_norm: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-@_backward_op.register_fake
-def _(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    dq_out: Tensor, dk_out: Tensor, num_heads: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), q.new_empty(2, q.shape[2], dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

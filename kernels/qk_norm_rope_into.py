@@ -110,7 +110,7 @@ def _triton(
     return out.unflatten(-1, (num_heads, -1))
 
 
-@kernel_op("qk_norm_rope_into", mutates=("key_slot", "value_slot"))
+@kernel_op("qk_norm_rope_into", mutates=("key_slot", "value_slot"), fake=lambda q, *_: q.new_empty(q.shape))
 def _op(
     q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     num_heads: int, eps: float, key_slot: Tensor, value_slot: Tensor, round_norm: bool,
@@ -140,14 +140,6 @@ def _slot_stride(name: str, slot: Tensor, like: Tensor, num_heads: int) -> int:
             f"It must be {shape} on {like.device} in one of {', '.join(map(str, DTYPES))}, each sample contiguous.",
         )
     return slot.stride(0)
-
-
-@_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    num_heads: int, eps: float, key_slot: Tensor, value_slot: Tensor, round_norm: bool,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape)
 
 
 dispatch.register("qk_norm_rope_into", "triton", dispatch.needs_triton(*DTYPES), sys.modules[__name__])

@@ -89,7 +89,7 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-@kernel_op("rms_norm")
+@kernel_op("rms_norm", fake=lambda x, *_: x.new_empty(x.shape))
 def _op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     strides = token_strides("rms_norm", "x", x, x)
     check_weight("rms_norm", "weight", weight, x)
@@ -101,7 +101,10 @@ def _op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@kernel_op("rms_norm_backward")
+@kernel_op(
+    "rms_norm_backward",
+    fake=lambda x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)),
+)
 def _backward_op(x: Tensor, weight: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """dx, and dweight in fp32."""
     check_tokens("rms_norm", "its gradient", dout, x)
@@ -114,16 +117,6 @@ def _backward_op(x: Tensor, weight: Tensor, dout: Tensor, eps: float) -> tuple[T
         E=width, W=walk.chunk, num_warps=walk.warps,
     )  # fmt: skip
     return dx, sum_terms(sums)
-
-
-@_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_backward_op.register_fake
-def _(x: Tensor, weight: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

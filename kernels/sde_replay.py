@@ -137,7 +137,9 @@ def _backward_kernel(
     tl.store(dvelocity_ptr + at, gradient.to(dvelocity_ptr.dtype.element_ty), inside)
 
 
-@kernel_op("sde_replay")
+@kernel_op(
+    "sde_replay", fake=lambda velocity, velocity_old, keys, *_: velocity.new_empty(2, len(keys), dtype=torch.float64)
+)
 def _op(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | None) -> Tensor:
     """Slopes and powers, ``[2, R]``."""
     _check(velocity, velocity_old)
@@ -154,7 +156,7 @@ def _op(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | 
     return means
 
 
-@kernel_op("sde_replay_backward")
+@kernel_op("sde_replay_backward", fake=lambda velocity, *_: torch.empty_like(velocity))
 def _backward_op(
     velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | None, dmeans: Tensor
 ) -> Tensor:
@@ -171,16 +173,6 @@ def _backward_op(
 def _check(velocity: Tensor, velocity_old: Tensor) -> None:
     check_velocity("sde_replay", "velocity", velocity)
     check_velocity("sde_replay", "velocity_old", velocity_old)
-
-
-@_op.register_fake
-def _(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | None) -> Tensor:
-    return velocity.new_empty(2, len(keys), dtype=torch.float64)
-
-
-@_backward_op.register_fake
-def _(velocity: Tensor, velocity_old: Tensor, keys: Tensor, offsets: Tensor | None, dmeans: Tensor) -> Tensor:
-    return torch.empty_like(velocity)
 
 
 def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -231,7 +231,7 @@ def _kernel(
             next_ptr += count
 
 
-@kernel_op("sde_fork")
+@kernel_op("sde_fork", fake=lambda _, x, v, u, w, a, b, std, keys, offsets, keep: _outputs(x, keys, keep))
 def _op(
     implementation: str, x: Tensor, velocity: Tensor, v_uncond: Tensor | None, guidance_scale: float,
     a: Tensor, b: Tensor, std: Tensor, keys: Tensor | None, offsets: Tensor | None, keep: bool,
@@ -259,14 +259,6 @@ def _op(
 def _outputs(x: Tensor, keys: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
     members = len(x) if keys is None else len(keys)
     return x.new_empty(members, *x.shape[1:]), torch.empty_like(x) if keep else x.new_empty(0)
-
-
-@_op.register_fake
-def _(
-    implementation: str, x: Tensor, velocity: Tensor, v_uncond: Tensor | None, guidance_scale: float,
-    a: Tensor, b: Tensor, std: Tensor, keys: Tensor | None, offsets: Tensor | None, keep: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _outputs(x, keys, keep)
 
 
 def _unfit(query: dispatch.Query) -> str | None:
