@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, drive: Drive) -> None:
         return made
 
     _add_kernels(verb)
+    _add_fp8(verb)
     _add_rl(verb)
     _add_distill(verb)
     _add_studies(verb, drive)
@@ -56,6 +57,18 @@ def _add_kernels(verb: _Verb) -> None:
     block = verb("block", "one transformer block: eager, compiled and ours, on a GPU", _lazily("block"))
     for parser in (kernels, block):
         parser.add_argument("--out", type=Path, help="append the records to this JSONL file")
+
+
+def _add_fp8(verb: _Verb) -> None:
+    verb("fp8", "ways to run attention in e4m3 and their distance from fp64, by arithmetic", _lazily("fp8_schemes"))
+    each = verb("sensitivity", "what e4m3 in each class of linears does to a model's videos", _lazily("sensitivity"))
+    each.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="a model folder")
+    each.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
+    each.add_argument("--count", type=int, default=8, help="of the file's prompts (default: %(default)s)")
+    each.add_argument("--out", type=Path, metavar="FILE.md", help="write the table here as well")
+    each.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides", help="of sampling; repeatable"
+    )
 
 
 def _add_rl(verb: _Verb) -> None:

@@ -32,7 +32,7 @@ _QUICK_LIMIT_S = 240.0
 _INTERPRETED = ("env", "TRITON_INTERPRET=1")
 _SANITIZER = "compute-sanitizer"
 _SANITIZER_TOOLS = ("memcheck", "racecheck")
-_ATTENTION = "attention"  # the family with a section of its own
+_OWN_SECTIONS = {"rates_attention": ("attention",), "rates_fp8": ("fp8", "fp8_linears")}  # families by section
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,10 @@ def _verdict(name: str, log: Path) -> str:
     return "; ".join(dict.fromkeys(found)) or "it said nothing"
 
 
-def _rates(memory: bool, run: Run, deadline: float) -> list[Outcome]:
-    chosen = [family for family in runner.families() if (family != _ATTENTION) == memory]
+def _rates(section: str, run: Run, deadline: float) -> list[Outcome]:
+    """The section's families, or those that have no section of their own."""
+    others = [family for family in runner.families() if not any(family in own for own in _OWN_SECTIONS.values())]
+    chosen = _OWN_SECTIONS.get(section, others)
     return run.work([run.job("rates", family) for family in chosen], deadline)
 
 
@@ -191,8 +193,9 @@ SECTIONS: dict[str, Section] = {
     "peaks": Section(120.0, partial(_simple, "peaks")),
     "accuracy": Section(480.0, _accuracy),
     "sanitizer": Section(420.0, _sanitizer),
-    "rates_memory": Section(480.0, partial(_rates, True)),
-    "rates_attention": Section(420.0, partial(_rates, False)),
+    "rates_memory": Section(480.0, partial(_rates, "rates_memory")),
+    "rates_attention": Section(420.0, partial(_rates, "rates_attention")),
+    "rates_fp8": Section(480.0, partial(_rates, "rates_fp8")),
     "peers": Section(480.0, partial(_simple, "peers", step_limit_s=supervise.COMPILING_STEP_S)),
     "block": Section(480.0, partial(_simple, "block", step_limit_s=supervise.COMPILING_STEP_S)),
     "rl": Section(480.0, _rl),

@@ -56,8 +56,11 @@ class Query(NamedTuple):
         return cls(tensors[0].device.type, tensors[0].dtype, head_dim, grad)
 
 
-# Ops whose main operand is fp32 in every run: states, noise, averages. Of the others :func:`explain` tells bf16.
-_FP32_OPS = ("ema_lerp", "philox", "sde_step")
+# Dtypes of the main operand of ops that never get bf16: states, noise and averages are fp32 in every run.
+_USUAL = {
+    **dict.fromkeys(("ema_lerp", "philox", "sde_step"), torch.float32),
+    **dict.fromkeys(("fp8_attention", "fp8_linear"), torch.float8_e4m3fn),
+}
 
 
 Unfit = Callable[[Query], str | None]  # why an implementation cannot serve a query; None when it can
@@ -257,7 +260,7 @@ def usable(op: str, device: str, head_dim: int = 128) -> list[str]:
 
 
 def _usual(op: str, device: str, head_dim: int) -> Query:
-    return Query(device, torch.float32 if op in _FP32_OPS else torch.bfloat16, head_dim)
+    return Query(device, _USUAL.get(op, torch.bfloat16), head_dim)
 
 
 # -- what implementations check -------------------------------------------------------------------------------------

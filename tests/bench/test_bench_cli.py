@@ -16,7 +16,20 @@ from reelforge.bench.report import NO_RECORD
 from reelforge.stages.cli import main
 
 DATA = Path(__file__).parent / "data"
-VERBS = ("kernels", "block", "rl-cost", "rl", "distill", "h200", "gate", "compare", "report", "promote")
+VERBS = (
+    "kernels",
+    "block",
+    "fp8",
+    "sensitivity",
+    "rl-cost",
+    "rl",
+    "distill",
+    "h200",
+    "gate",
+    "compare",
+    "report",
+    "promote",
+)
 
 
 def bench(*arguments: object) -> int:

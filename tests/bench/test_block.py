@@ -1,5 +1,6 @@
 """The plain block computes what ours does, with and without a cache; gaps are what kernels leave of a replay."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +12,16 @@ from reelforge.bench.arms import EAGER, Arm
 from reelforge.bench.block import Setting
 from reelforge.bench.cases.case import Shape
 from reelforge.bench.records import OURS
+from reelforge.engine.model.fp8_linear import Fp8Linear
 from reelforge.kernels import dispatch
+from reelforge.kernels.fp8 import quantise
 
 CPU = torch.device("cpu")
 LATENT = (16, 4, 6)
 
 
 def setting(frames: int, cached: int | None) -> Setting:
-    return Setting(Shape("tiny", 256, 2, 320, 6 * frames), frames, cached, LATENT)
+    return Setting(Shape("tiny", 256, 2, 384, 6 * frames), frames, cached, LATENT)
 
 
 SETTINGS = [setting(3, 6), setting(5, None), setting(3, 0)]
@@ -27,7 +30,7 @@ SETTINGS = [setting(3, 6), setting(5, None), setting(3, 0)]
 @pytest.mark.parametrize("made", SETTINGS, ids=lambda made: made.label)
 def test_plain_block_is_ours(made: Setting) -> None:
     ours, (x, h) = block.build(made, CPU, torch.float32)
-    arms = {arm.name: arm for arm in block.arms(made, ours, CPU)}
+    arms = {arm.name: arm for arm in block.arms(ours, ours, CPU)}
     exact = run(Arm("exact", "exact", ours.double(), pins=block.pins("torch", "torch")), x.double(), h.double())
     for name in (EAGER, OURS):
         error = (run(arms[name], x, h).double() - exact).norm() / exact.norm()
@@ -35,9 +38,24 @@ def test_plain_block_is_ours(made: Setting) -> None:
     assert (exact - x.double()).norm() > 0.1 * exact.norm(), "the block does something"
 
 
-def run(arm: Arm, x: Tensor, h: Tensor) -> Tensor:
+def run(arm: Arm, *operands: Tensor) -> Tensor:
     with arm.active(False):
-        return arm.op(x, h)
+        return arm.op(*operands)
+
+
+@pytest.mark.parametrize("made", SETTINGS, ids=lambda made: made.label)
+def test_a_block_with_linears_in_e4m3(made: Setting) -> None:
+    """Near the wide one, whose weights its peers keep; h comes and goes rounded."""
+    wide, (x, h) = block.build(dataclasses.replace(made, fp8=True), CPU, torch.float32)
+    ours = wide.rounded()
+    assert len([each for each in ours.block.modules() if isinstance(each, Fp8Linear)]) == 8
+    assert not any(isinstance(each, Fp8Linear) for each in wide.block.modules())
+    arms = {arm.name: arm for arm in block.arms(ours, wide, CPU)}
+    exact = run(arms[EAGER], x, *quantise(h))
+    assert torch.equal(exact, run(arms[EAGER], x)), "a peer has its own norm"
+    error = (run(arms[OURS], x, *quantise(h)) - exact).norm() / exact.norm()
+    assert 1e-3 < error < block._FP8_TOLERANCE
+    assert isinstance(ours.block(x, quantise(h), *ours.rest)[1], tuple)
 
 
 def test_labels_and_visible_tokens() -> None:
@@ -45,7 +63,7 @@ def test_labels_and_visible_tokens() -> None:
         ("tiny 18 x 54 cached", 54), ("tiny 30 x 30", 30), ("tiny 18 x 18", 18),
     ]  # fmt: skip
     full = {made.label for made in block.settings()}
-    assert {"1.3B 4680 x 32760 cached", "1.3B 32760 x 32760", "14B 4680 x 4680"} <= full
+    assert {"1.3B 4680 x 32760 cached", "1.3B 32760 x 32760", "14B 4680 x 4680 fp8 linears"} <= full
 
 
 def test_a_cached_block_reads_the_whole_cache() -> None:
@@ -59,6 +77,7 @@ def test_fused_pins_name_every_op_and_leave_attention_to_the_library() -> None:
     dispatch.load()
     chosen = dict(block.pins("triton", "cudnn"))
     assert chosen["attention"] == "cudnn" and chosen["norm_modulate"] == "triton"
+    assert chosen["fp8_linear"] == "scaled_mm" and dict(block.pins("torch", "torch"))["fp8_linear"] == "torch"
     assert set(chosen) == set(dispatch.implementations())
 
 
