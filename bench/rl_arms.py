@@ -31,7 +31,7 @@ from reelforge.engine.rewards.scoring import Scoring, ScoringConfig
 from reelforge.engine.rl.advantage import Fusion, FusionConfig
 from reelforge.engine.rl.loss import LossConfig
 from reelforge.engine.rl.plan import Group, PlanConfig, Planner
-from reelforge.engine.rl.policy import PathConfig, Policy, Precision, TrainingPath
+from reelforge.engine.rl.policy import PathConfig, Policy, SamplePrecision, TrainingPath
 from reelforge.engine.rl.prompts import PromptSet
 from reelforge.engine.rl.rollout import Actor, Decision, Rollout, Sampler
 from reelforge.engine.rl.trainer import GrpoTask
@@ -121,7 +121,7 @@ class TwoCalls(Policy):
         return self._velocity(model, x, timestep, prompts, self.precision)
 
     def _velocity(
-        self, model: WanTransformer, x: Tensor, timestep: Tensor, prompts: Sequence[int], precision: Precision
+        self, model: WanTransformer, x: Tensor, timestep: Tensor, prompts: Sequence[int], precision: SamplePrecision
     ) -> Tensor:
         assert self._embeddings is not None, "prepare first"
         text = self._embeddings[[self._rows[prompt] for prompt in prompts]]

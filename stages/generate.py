@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from reelforge.engine.core import rng
 from reelforge.engine.core.config import fingerprint
 from reelforge.engine.core.distributed import pick_device
@@ -83,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
     config = resolve(load_generation_defaults(arguments.model), arguments.overrides)
     prompts = _prompts(arguments)
     device = pick_device(config.device)
-    dtype = torch.bfloat16 if config.precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = config.weights_dtype(device)
     folder = load_served(arguments.model, arguments.transformer, arguments.adapter, dtype, device)
     generator = Generator(folder, config, arguments.seed)
     weights = _weights_state(arguments.model, arguments.transformer, arguments.adapter)

@@ -117,7 +117,7 @@ class Studio:
         takes = self._takes(slug, asked, texts, made_by)
         own = [take for take in takes[distributed.rank() :: distributed.world_size()] if take.known is None]
         if own:
-            dtype = torch.bfloat16 if generation.precision == "bf16" and self.device.type == "cuda" else torch.float32
+            dtype = generation.weights_dtype(self.device)
             folder = load_served(column.model, column.transformer, column.adapter, dtype, self.device)
             generator = Generator(folder, generation, seed)
             size, silent = generation.batch_size, 0

@@ -23,6 +23,7 @@ from reelforge.engine.model.folder import GenerationDefaults, ModelFolder
 from reelforge.engine.model.kv_cache import ContextConfig
 from reelforge.engine.model.layout import chunk_pattern
 from reelforge.engine.model.lora import load_adapter, merge
+from reelforge.engine.model.precision import Fp8Policy, fp8_copy
 from reelforge.engine.model.weights import load_transformer
 from reelforge.kernels.frames import to_uint8
 
@@ -46,7 +47,7 @@ class GenerateConfig:
         samples: videos per prompt.
         batch_size: videos a forward.
         device: ``auto`` takes the GPU if there is one.
-        precision: of the transformer.
+        precision: of the transformer; ``fp8`` by the default policy, the rest in bf16.
     """
 
     num_steps: int
@@ -62,10 +63,14 @@ class GenerateConfig:
     samples: int = 1
     batch_size: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
 
     def __post_init__(self) -> None:
         require_positive(self, "samples", "batch_size", "num_steps")
+
+    def weights_dtype(self, device: torch.device) -> torch.dtype:
+        """What the transformer is loaded in: on a CPU bf16 is autocast around fp32 weights."""
+        return torch.bfloat16 if self.precision != "fp32" and device.type == "cuda" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,8 @@ class Generator:
     """
 
     def __init__(self, folder: ModelFolder, config: GenerateConfig, seed: int) -> None:
+        if config.precision == "fp8":
+            folder = dataclasses.replace(folder, transformer=fp8_copy(folder.transformer, Fp8Policy()))
         self.folder, self.config, self.seed = folder, config, seed
         self.shape = generation.latent_shape(folder.codec, config.video)
         self.pattern: tuple[int, ...] = ()
@@ -142,7 +149,7 @@ class Generator:
         ids, members = [job.prompt_id for job in jobs], [job.member for job in jobs]
         noise = initial_noise(self.seed, ids, members, self.shape, device=device)
         guidance = self._guidance([job.prompt for job in jobs], device)
-        autocast = self.config.precision == "bf16" and model.proj_out.weight.dtype == torch.float32
+        autocast = self.config.precision != "fp32" and model.proj_out.weight.dtype == torch.float32
         with generation.half_precision(device, autocast):
             if not self.pattern:
                 return generation.sample_latents(model, guidance, noise, self.grid, self.config.solver, on_step)

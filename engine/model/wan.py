@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from reelforge.engine.core import rng
 from reelforge.engine.core.errors import ConfigError
+from reelforge.engine.model.fp8_linear import Rounded
 from reelforge.engine.model.kv_cache import ChunkPass, KVCache
 from reelforge.engine.model.layout import Layout, bidirectional
 from reelforge.engine.model.rope import RotaryTable
@@ -212,12 +213,14 @@ class WanTransformer(nn.Module):
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
         modulations = [block.modulation(projection) for block in self._blocks()]
         next_norms = [modulation[0] for modulation in modulations[1:]] + [(1 + scale, shift)]
+        readers = [block.attn1.readers for block in self._blocks()[1:]] + [(self.proj_out,)]
         projected = self._project(text) if isinstance(text, Tensor) else None
 
-        h = norm_modulate(x, *modulations[0][0], self.config.eps)
+        h: Tensor | Rounded = norm_modulate(x, *modulations[0][0], self.config.eps)
         for layer, block in enumerate(self._blocks()):
             context = text.blocks[layer] if isinstance(text, TextContext) else projected
-            arguments = (x, h, modulations[layer], next_norms[layer], context, sequence, layer, self.precision)
+            place = (sequence, layer, self.precision, readers[layer])
+            arguments = (x, h, modulations[layer], next_norms[layer], context, *place)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x, h = checkpoint(block, *arguments, use_reentrant=False)
             else:

@@ -10,15 +10,18 @@ M = 1 timestep a sample or T, one a latent frame. Parameter names are diffusers'
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from reelforge.engine.model.fp8_linear import Fp8Linear, Rounded
 from reelforge.engine.model.kv_cache import ChunkPass
 from reelforge.engine.model.layout import Layout
 from reelforge.engine.model.wan_config import WanConfig
 from reelforge.kernels.attention import attention
+from reelforge.kernels.fp8_groups import fp8_groups
+from reelforge.kernels.fp8_residual_norm import fp8_residual_norm
 from reelforge.kernels.gated_residual_norm import gated_residual_norm
 from reelforge.kernels.gelu import gelu
 from reelforge.kernels.qk_norm_rope import qk_norm_rope
@@ -45,6 +48,11 @@ class Attention(nn.Module):
     def output(self, attended: Tensor) -> Tensor:
         return self.to_out[0](attended.flatten(2))
 
+    @property
+    def readers(self) -> tuple[nn.Module, ...]:
+        """The linears that read what the norm in front leaves."""
+        return (self.to_q,)
+
 
 class RmsWeight(nn.Module):
     """The weight of an RMSNorm over the full width; the norm itself is fused with what follows."""
@@ -70,7 +78,11 @@ class TokenSequence:
 class SelfAttention(Attention):
     """Attention among the video's tokens, within the layout's rectangles or against the cache."""
 
-    def forward(self, h: Tensor, sequence: TokenSequence, layer: int, precision: Precision) -> Tensor:
+    @property
+    def readers(self) -> tuple[nn.Module, ...]:
+        return self.to_q, self.to_k, self.to_v
+
+    def forward(self, h: Tensor | Rounded, sequence: TokenSequence, layer: int, precision: Precision) -> Tensor:
         """``[B, L, E]`` to ``[B, L, E]``."""
         q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
         norms = (self.norm_q.weight, self.norm_k.weight, sequence.rotation, self.num_heads, self.eps)
@@ -110,7 +122,7 @@ class CrossAttention(Attention):
         k = rms_norm(self.to_k(text), self.norm_k.weight, self.eps)
         return k.unflatten(-1, (self.num_heads, -1)), self.to_v(text).unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, h: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, h: Tensor | Rounded, keys_values: tuple[Tensor, Tensor]) -> Tensor:
         """``[B, L, E]`` to ``[B, L, E]``."""
         q = rms_norm(self.to_q(h), self.norm_q.weight, self.eps)
         return self.output(attention(q.unflatten(-1, (self.num_heads, -1)), *keys_values))
@@ -133,8 +145,27 @@ class FeedForward(nn.Module):
         # Index 1 is diffusers' dropout.
         self.net = nn.ModuleList([GeluLinear(width, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    @property
+    def readers(self) -> tuple[nn.Module, ...]:
+        return (cast(GeluLinear, self.net[0]).proj,)
+
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        down = self.net[2]
+        if not isinstance(down, Fp8Linear):
+            return down(self.net[0](x))
+        hidden = self.readers[0](x)
+        values, scale = fp8_groups(hidden.flatten(0, -2), gelu=True)
+        return down((values.view(hidden.shape), scale))
+
+
+def residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm, eps: float, readers: tuple[nn.Module, ...], rounding: bool
+) -> tuple[Tensor, Tensor | Rounded]:
+    """The gated residual add and the norm behind it; h in e4m3 where all that read it take that."""
+    if all(isinstance(reader, Fp8Linear) for reader in readers):
+        x, values, scale = fp8_residual_norm(x, y, gate, *norm, eps)
+        return x, (values, scale)
+    return gated_residual_norm(x, y, gate, *norm, eps, round_residual=rounding)
 
 
 class Block(nn.Module):
@@ -158,20 +189,21 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        h: Tensor,
+        h: Tensor | Rounded,
         modulation: Modulation,
         next_norm: Norm,
         text: Tensor | tuple[Tensor, Tensor],
         sequence: TokenSequence,
         layer: int,
         precision: Precision,
-    ) -> tuple[Tensor, Tensor]:
-        """Residual stream x and normed h, both ``[B, L, E]``, to those in front of the next block."""
+        readers: tuple[nn.Module, ...],
+    ) -> tuple[Tensor, Tensor | Rounded]:
+        """Residual stream x and normed h, both ``[B, L, E]``, to those in front of the next block's ``readers``."""
         _, gate_1, norm_ffn, gate_2 = modulation
-        rounding = precision == "reference"
+        rounding, eps = precision == "reference", self.eps
         y = self.attn1(h, sequence, layer, precision)
         affine = (self.norm2.weight[None, None], self.norm2.bias[None, None])
-        x, h = gated_residual_norm(x, y, gate_1, *affine, self.eps, round_residual=rounding)
+        x, h = residual_norm(x, y, gate_1, affine, eps, self.attn2.readers, rounding)
         y = self.attn2(h, self.attn2.keys_values(text) if isinstance(text, Tensor) else text)
-        x, h = gated_residual_norm(x, y, None, *norm_ffn, self.eps, round_residual=rounding)
-        return gated_residual_norm(x, self.ffn(h), gate_2, *next_norm, self.eps, round_residual=rounding)
+        x, h = residual_norm(x, y, None, norm_ffn, eps, self.ffn.readers, rounding)
+        return residual_norm(x, self.ffn(h), gate_2, next_norm, eps, readers, rounding)
