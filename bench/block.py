@@ -6,7 +6,8 @@
     graph      ours, replayed
 
 A block of ours takes and returns (x, h); the plain one has its first norm inside and leaves the last to the next
-block, so both do the same work. Only x is compared.
+block, so both do the same work. Only x is compared. A setting of its own has the linears in e4m3: h then comes and
+goes rounded, between neighbours that are rounded too.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reelforge.bench import gaps, measure, samplers, tables, wan_cost
 from reelforge.bench.arms import COMPILED, EAGER, FAILURES, Arm, compile_op
@@ -25,16 +26,19 @@ from reelforge.bench.cases.case import Case, Draw, Operands, Shape, Work
 from reelforge.bench.plain_block import cudnn, plain_block, sdpa
 from reelforge.bench.records import OURS, Record
 from reelforge.bench.session import Session
+from reelforge.engine.model.fp8_linear import Fp8Linear
 from reelforge.engine.model.kv_cache import ChunkPass
+from reelforge.engine.model.precision import Fp8Policy
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.wan_block import Block, TokenSequence
 from reelforge.kernels import dispatch
+from reelforge.kernels.fp8 import dequantise, quantise
 
 OP, GRAPH = "wan_block", f"{OURS}/graph"
 CHUNK_FRAMES = 3
 LATENT = (16, 60, 104)  # channels, height, width of 480 x 832
 _SMALL_LATENT = (16, 4, 6)
-_TOLERANCE = 1e-2  # a dozen roundings to bf16 on the way
+_TOLERANCE, _FP8_TOLERANCE = 1e-2, 5e-2  # a dozen roundings to bf16 on the way; to e4m3, eight operands and weights
 _LIBRARY_ATTENTION = "cudnn"
 
 
@@ -47,12 +51,14 @@ class Setting:
         frames: latent frames of the forward.
         cached_frames: latent frames in the cache before it; None is bidirectional, without a cache.
         latent: channels, height, width.
+        fp8: the default policy's linears in e4m3.
     """
 
     shape: Shape
     frames: int
     cached_frames: int | None
     latent: tuple[int, int, int]
+    fp8: bool = False
 
     @property
     def kv_tokens(self) -> int:
@@ -60,7 +66,8 @@ class Setting:
 
     @property
     def label(self) -> str:
-        return f"{self.shape.name} {self.shape.tokens} x {self.kv_tokens}" + (" cached" if self.cached_frames else "")
+        lengths = f"{self.shape.name} {self.shape.tokens} x {self.kv_tokens}"
+        return lengths + (" cached" if self.cached_frames else "") + (" fp8 linears" if self.fp8 else "")
 
 
 def settings(*, small: bool = False) -> list[Setting]:
@@ -69,8 +76,9 @@ def settings(*, small: bool = False) -> list[Setting]:
     frame_tokens = latent[1] * latent[2] // 4
     lengths = [(CHUNK_FRAMES, 18), (21, None), (CHUNK_FRAMES, 0)]
     return [
-        Setting(Shape(model, *sizes.MODELS[model], frames * frame_tokens), frames, cached, latent)
+        Setting(Shape(model, *sizes.MODELS[model], frames * frame_tokens), frames, cached, latent, fp8)
         for model in sizes.MODELS
+        for fp8 in (False, True)
         for frames, cached in lengths
     ]
 
@@ -85,8 +93,9 @@ class Ours:
     block: Block
     rest: tuple[Any, ...]
 
-    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.block(x, h, *self.rest)[0]
+    def __call__(self, x: Tensor, *h: Tensor) -> Tensor:
+        """h as one tensor, or as e4m3 and its scales."""
+        return self.block(x, h[0] if len(h) == 1 else h, *self.rest)[0]
 
     @property
     def sequence(self) -> TokenSequence:
@@ -95,6 +104,14 @@ class Ours:
     def double(self) -> "Ours":
         """The same values in fp64."""
         return Ours(deepcopy(self.block).double(), tuple(_double(part) for part in self.rest))
+
+    def rounded(self) -> "Ours":
+        """The same with linears in e4m3, and a neighbour behind it that has them too."""
+        twin, policy = deepcopy(self.block), Fp8Policy(spared=0)
+        for name, module in self.block.named_modules():
+            if isinstance(module, nn.Linear) and (sharing := policy.of(f"blocks.0.{name}", 1)):
+                twin.set_submodule(name, Fp8Linear(module, sharing == "groups"))
+        return Ours(twin, (*self.rest[:-1], twin.attn1.readers))
 
 
 def _double(part: Any) -> Any:
@@ -177,12 +194,12 @@ class Replayed:
 # -- the case ----------------------------------------------------------------------------------------------------------
 
 
-def arms(setting: Setting, ours: Ours, device: torch.device) -> list[Arm]:
-    """The ways to run a block; without a GPU those that a CPU has."""
-    block, rest = ours.block, ours.rest
+def arms(ours: Ours, wide: Ours, device: torch.device) -> list[Arm]:
+    """The ways to run a block, peers from the weights of ``wide``; without a GPU those that a CPU has."""
+    block, rest = wide.block, wide.rest
     modulation, _, text, sequence = rest[:4]
     plain = plain_block(block, modulation, sequence.rotation, text, sequence.chunk, sdpa)
-    found = [Arm(EAGER, EAGER, lambda x, h: plain(x))]
+    found = [Arm(EAGER, EAGER, lambda x, *_: plain(x))]
     if device.type != "cuda":
         return [*found, Arm(OURS, "torch", ours, pins=pins("torch", "torch"))]
     peer = compile_op(plain_block(block, modulation, sequence.rotation, text, sequence.chunk, cudnn))
@@ -192,17 +209,18 @@ def arms(setting: Setting, ours: Ours, device: torch.device) -> list[Arm]:
         Arm(GRAPH, "graph", Replayed(ours), pins=fused, graph=False),
         Arm(f"{OURS}/triton attention", "triton attention", ours, pins=pins("triton", "triton")),
         *found,
-        Arm(COMPILED, COMPILED, lambda x, h: peer(x)),
+        Arm(COMPILED, COMPILED, lambda x, *_: peer(x)),
     ]
 
 
 def pins(implementation: str, attention: str) -> tuple[tuple[str, str], ...]:
-    """Every op that has ``implementation`` to it, attention to its own; others to the reference."""
+    """Every op that has ``implementation`` to it, attention and e4m3 products to libraries; others to the reference."""
     chosen = {
         op: implementation if implementation in names else dispatch.REFERENCE
         for op, names in dispatch.implementations().items()
     }
-    return tuple((chosen | {"attention": attention}).items())
+    product = "scaled_mm" if implementation == "triton" else dispatch.REFERENCE
+    return tuple((chosen | {"attention": attention, "fp8_linear": product}).items())
 
 
 def case(setting: Setting) -> Case:
@@ -213,7 +231,8 @@ def case(setting: Setting) -> Case:
     def unbuilt(*_: object) -> Any:
         raise AssertionError("a block's operands come with its build")
 
-    return Case(OP, setting.label, unbuilt, unbuilt, unbuilt, total, _TOLERANCE)
+    tolerance = _FP8_TOLERANCE if setting.fp8 else _TOLERANCE
+    return Case(OP, setting.label, unbuilt, unbuilt, unbuilt, total, tolerance)
 
 
 def events(
@@ -223,16 +242,20 @@ def events(
     plain = case(setting)
     session.announce(plain)
     dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float32
-    ours, operands = build(setting, session.device, dtype)
-    exact = ours.double()
+    wide, operands = build(setting, session.device, dtype)
+    ours, exact = wide, wide.double()
+    if setting.fp8:
+        x, h = operands
+        assert h is not None, "a block is called with both"
+        ours, operands = wide.rounded(), (x, *quantise(h))
     reference_arm = Arm(EAGER, EAGER, exact, pins=pins(dispatch.REFERENCE, dispatch.REFERENCE))
 
-    def reference(x: Tensor, h: Tensor) -> Tensor:
+    def reference(x: Tensor, *h: Tensor) -> Tensor:
         with reference_arm.active(False):
-            return exact(x, h)
+            return exact(x, h[0] if len(h) == 1 else dequantise(*h))
 
     ready = replace(plain, inputs=lambda _: operands, reference=reference)
-    found = [arm for arm in affordable(arms(setting, ours, session.device)) if session.wants(ready.name, arm.name)]
+    found = [arm for arm in affordable(arms(ours, wide, session.device)) if session.wants(ready.name, arm.name)]
     records = []
     for record in measure.rates(session, ready, found):
         records.append(with_floor(record, session, setting))
