@@ -12,6 +12,7 @@ from reelforge.engine.core import rng
 from reelforge.engine.flow.schedule import FlowSchedule
 from reelforge.engine.model import generation
 from reelforge.engine.model.layout import chunk_causal, packed_teacher_forcing
+from reelforge.engine.model.precision import Fp8Policy, fp8_copy
 from reelforge.engine.model.wan import WanTransformer
 from reelforge.engine.model.wan_config import WanConfig
 
@@ -48,6 +49,17 @@ def test_a_forward(layout: object, seen: str) -> None:
             velocity = transformer(latents, timestep, text, layout=layout)
     assert velocity.shape == latents.shape and velocity.device.type == "cuda"
     assert any(name.startswith(seen) for name in guard.watched)
+
+
+def test_a_forward_with_linears_in_e4m3(seen: str) -> None:
+    with fake_cuda():
+        transformer, latents = fp8_copy(model(), Fp8Policy(spared=0)), randn(1, 16, 4, *SIZE)
+        timestep, text = randn(1), randn(1, 6, 32)
+        with SyncGuard() as guard:
+            velocity = transformer(latents, timestep, text)
+    assert velocity.shape == latents.shape and velocity.device.type == "cuda"
+    rounded = {"aten.native_layer_norm": "aten.clamp", "reelforge.norm_modulate": "reelforge.fp8_residual_norm"}[seen]
+    assert any(name.startswith(rounded) for name in guard.watched)
 
 
 @contextmanager
