@@ -43,7 +43,7 @@ $(GPU_TRITON): | $(STAMP)
 gate: venv $(GPU_TRITON)
 	$(BIN)/reelforge bench gate
 
-# The whole pipeline under three seeds and every ablation: hours; the same command goes on where it stopped.
+# The whole pipeline under three seeds and every ablation: an hour and a half; the same command goes on where it stopped.
 study: venv
 	$(BIN)/reelforge bench study --out $(STUDY)
 
