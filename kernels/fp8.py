@@ -5,6 +5,8 @@ or groups of 128. The format is floating, so a scale twice too large costs nothi
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from reelforge.kernels.errors import KernelError
@@ -14,6 +16,7 @@ LARGEST = 448.0
 GROUP = 128
 # A row of zeros gets the scale of this: 0 / s stays 0, and no quotient is NaN.
 SMALLEST_MAX = 1e-12
+_LARGEST, _SMALLEST_MAX = tl.constexpr(LARGEST), tl.constexpr(SMALLEST_MAX)
 
 
 def scale_of(largest: Tensor) -> Tensor:
@@ -53,3 +56,18 @@ def check_operands(op: str, device: torch.device, *wanted: tuple[str, Tensor, tu
                 f"{tensor.stride()}.",
                 f"It must be contiguous {dtype} {shape} on {device}.",
             )
+
+
+# -- in a kernel ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def e4m3_scale(largest):
+    """:func:`scale_of`."""
+    return tl.maximum(largest, _SMALLEST_MAX) / _LARGEST
+
+
+@triton.jit
+def to_e4m3(x):
+    """:func:`round_e4m3`."""
+    return tl.clamp(x, -_LARGEST, _LARGEST).to(tl.float8e4nv)

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from reelforge.kernels import dispatch
 from reelforge.kernels.custom_op import kernel_op
-from reelforge.kernels.fp8 import E4M3, GROUP, LARGEST, SMALLEST_MAX
+from reelforge.kernels.fp8 import E4M3, GROUP, e4m3_scale, to_e4m3
 
 HEAD_DIM, TILE, KEY_GROUP = 128, 64, GROUP
 _D, _TILE, _QUERIES = tl.constexpr(HEAD_DIM), tl.constexpr(TILE), tl.constexpr(128)
 _GROUP, _TILES = tl.constexpr(KEY_GROUP), tl.constexpr(KEY_GROUP // TILE)
 _OFFSET = tl.constexpr(8.0)
 _LN_2 = tl.constexpr(math.log(2.0))
-_LARGEST, _SMALLEST_MAX = tl.constexpr(LARGEST), tl.constexpr(SMALLEST_MAX)
 _WARPS, _STAGES = 8, 3
 _needs_triton = dispatch.needs_triton(E4M3)
 
@@ -89,10 +88,10 @@ def _forward_kernel(
     total = tl.where(total > 0, total, 1.0)  # of a sample that sees nothing: its sum is 0, its log -inf by the maximum
     out = acc * (1.0 / total)[:, None] * value_scale[None, :]
     if QUANTISED:
-        largest = tl.maximum(tl.max(tl.abs(out), axis=1), _SMALLEST_MAX) / _LARGEST
-        out = tl.clamp(out / largest[:, None], -_LARGEST, _LARGEST)
+        out_scale = e4m3_scale(tl.max(tl.abs(out), axis=1))
+        out = to_e4m3(out / out_scale[:, None])
         scale_at = (head * batches + batch) * queries + start + query
-        tl.store(out_scale_ptr + scale_at, largest, asked)
+        tl.store(out_scale_ptr + scale_at, out_scale, asked)
     tl.store(out_ptr + q_at, out.to(out_ptr.dtype.element_ty), asked[:, None])
     tl.store(lse_ptr + row_at, (highest + tl.log2(total) - _OFFSET) * _LN_2, asked)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from reelforge.kernels import dispatch
 from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
-from reelforge.kernels.fp8 import E4M3, GROUP, LARGEST, SMALLEST_MAX, quantise
+from reelforge.kernels.fp8 import E4M3, GROUP, e4m3_scale, quantise, to_e4m3
 from reelforge.kernels.gelu import sigmoid
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_GROUP, _LARGEST, _SMALLEST_MAX = tl.constexpr(GROUP), tl.constexpr(LARGEST), tl.constexpr(SMALLEST_MAX)
+_GROUP = tl.constexpr(GROUP)
 _ROWS, _WARPS = 32, 4
 
 
@@ -62,9 +62,8 @@ def _kernel(x_ptr, out_ptr, scale_ptr, rows, columns, GELU: tl.constexpr, ROWS: 
     if GELU:
         s, _ = sigmoid(x)
         x = x * s
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_MAX) / _LARGEST
-    x = tl.clamp(x * (1.0 / scale)[:, None], -_LARGEST, _LARGEST)
-    tl.store(out_ptr + at, x.to(tl.float8e4nv), present[:, None])
+    scale = e4m3_scale(tl.max(tl.abs(x), axis=1))
+    tl.store(out_ptr + at, to_e4m3(x * (1.0 / scale)[:, None]), present[:, None])
     tl.store(scale_ptr + tl.program_id(1).to(tl.int64) * rows + row, scale, present)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from reelforge.kernels import dispatch
 from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
-from reelforge.kernels.fp8 import E4M3, GROUP, LARGEST, SMALLEST_MAX, check_operands, quantise, round_e4m3, scale_of
+from reelforge.kernels.fp8 import E4M3, GROUP, check_operands, e4m3_scale, quantise, round_e4m3, scale_of, to_e4m3
 from reelforge.kernels.qk_norm_rope import check_rotation, norm_rope_wide
 from reelforge.kernels.rms_norm import DTYPES, check_weight
 from reelforge.kernels.tiling import STAGES, load_row, plan, sum_row, token_strides, wide_row
@@ -31,7 +31,6 @@ from reelforge.kernels.tiling import STAGES, load_row, plan, sum_row, token_stri
 # A later value may be this much larger than the first chunk's largest; it costs the smallest values one bit.
 HEADROOM = 2.0
 _D, _GROUP = tl.constexpr(128), tl.constexpr(GROUP)
-_LARGEST, _SMALLEST_MAX = tl.constexpr(LARGEST), tl.constexpr(SMALLEST_MAX)
 _HADAMARD_SCALE = tl.constexpr(1 / math.sqrt(128))
 _WARPS = 8
 
@@ -180,11 +179,6 @@ def _hadamard(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _round(x):
-    return tl.clamp(x, -_LARGEST, _LARGEST).to(tl.float8e4nv)
-
-
-@triton.jit
 def _post_kernel(
     q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, rms_ptr, key_mean_ptr, value_scale_ptr,
     q_out_ptr, q_scale_ptr, keys_ptr, key_scale_ptr, values_ptr, pages_ptr, tokens, size,
@@ -203,9 +197,9 @@ def _post_kernel(
         q = _normed(q_ptr, q_row, q_weight_ptr + head * _D, cos_ptr, sin_ptr, rms_ptr, token, present)
         if HADAMARD:
             q = _hadamard(q, dtype)
-        row_scale = tl.maximum(tl.max(tl.abs(q), axis=1), _SMALLEST_MAX) / _LARGEST
+        row_scale = e4m3_scale(tl.max(tl.abs(q), axis=1))
         q_at = (batch * tokens + token[:, None]) * (heads * _D) + head * _D + channel[None, :]
-        tl.store(q_out_ptr + q_at, _round(q * (1.0 / row_scale)[:, None]), present[:, None])
+        tl.store(q_out_ptr + q_at, to_e4m3(q * (1.0 / row_scale)[:, None]), present[:, None])
         tl.store(q_scale_ptr + (batch * heads + head) * tokens + token, row_scale, present)
     elif which == 1:
         k_ptr, rms_ptr = k_ptr + batch * k_batch + head * _D, rms_ptr + (batches + batch) * tokens
@@ -214,15 +208,15 @@ def _post_kernel(
         if HADAMARD:
             k = _hadamard(k, dtype)
         k = tl.where(present[:, None], k, 0.0)
-        group_scale = tl.maximum(tl.max(tl.abs(k)), _SMALLEST_MAX) / _LARGEST
+        group_scale = e4m3_scale(tl.max(tl.abs(k)))
         k_at = (page * size + token[:, None]) * _D + channel[None, :]
-        tl.store(keys_ptr + k_at, _round(k * (1.0 / group_scale)), present[:, None])
+        tl.store(keys_ptr + k_at, to_e4m3(k * (1.0 / group_scale)), present[:, None])
         tl.store(key_scale_ptr + page * (size // _GROUP) + group, group_scale)
     else:
         v_at = batch * v_batch + token[:, None] * v_row + head * _D + channel[None, :]
         v = tl.load(v_ptr + v_at, present[:, None], 0.0).to(tl.float32)
         v = v * (1.0 / tl.load(value_scale_ptr + of_head))[None, :]
-        tl.store(values_ptr + (page * _D + channel[:, None]) * size + token[None, :], tl.trans(_round(v)))
+        tl.store(values_ptr + (page * _D + channel[:, None]) * size + token[None, :], tl.trans(to_e4m3(v)))
 
 
 @kernel_op(

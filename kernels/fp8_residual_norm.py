@@ -13,12 +13,10 @@ from torch import Tensor
 from reelforge.kernels import dispatch, gated_residual_norm
 from reelforge.kernels.custom_op import kernel_op
 from reelforge.kernels.errors import KernelError
-from reelforge.kernels.fp8 import E4M3, LARGEST, SMALLEST_MAX, quantise
+from reelforge.kernels.fp8 import E4M3, e4m3_scale, quantise, to_e4m3
 from reelforge.kernels.gated_residual_norm import add_row, gate_strides, rows_of
 from reelforge.kernels.norm_modulate import DTYPES, layer_norm_row, modulate_row, norm_strides
 from reelforge.kernels.tiling import STAGES, check_tokens, load_row, plan, store_row, wide_row
-
-_LARGEST, _SMALLEST_MAX = tl.constexpr(LARGEST), tl.constexpr(SMALLEST_MAX)
 
 
 def fp8_residual_norm(
@@ -70,10 +68,10 @@ def _kernel(
         largest = tl.abs(h[0])
         for i in tl.static_range(1, len(h)):
             largest = tl.maximum(largest, tl.abs(h[i]))
-        scale = tl.maximum(tl.max(largest), _SMALLEST_MAX) / _LARGEST
+        scale = e4m3_scale(tl.max(largest))
         rounded, inverse = (), 1.0 / scale
         for i in tl.static_range(len(h)):
-            rounded = rounded + (tl.clamp(h[i] * inverse, -_LARGEST, _LARGEST),)
+            rounded = rounded + (to_e4m3(h[i] * inverse),)
         store_row(out_ptr + at, rounded, E, W)
         tl.store(scale_ptr + start + token, scale)
 
